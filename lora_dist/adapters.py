@@ -1,0 +1,129 @@
+"""The adapters: added to the base after it is sharded, plain fp32 tensors, the same bytes on every rank."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_dist.base_model import release
+from lora_dist.config import TrainConfig, UserError
+from lora_dist.data import MicroBatch, random_key
+from lora_dist.quantization import FrozenLinear
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last name of every linear layer but the head, as `--lora_target_modules` takes them."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, FrozenLinear))}
+    return sorted(names - {"lm_head", "embed_out"})
+
+
+def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raises UserError where a target module is not in the model."""
+    targets, names = config.lora_target_modules, linear_names(model)
+    for target in targets:
+        if target not in names and targets != ["all-linear"]:
+            raise UserError(f"--lora_target_modules {target}: no such linear layer in {config.model_name_or_path}; it has {' '.join(names)}, or give all-linear")
+
+
+def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """LoRA on the target modules, initialised from `--seed` alone, with gradient checkpointing if asked for."""
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, bias="none",
+    )  # fmt: skip
+    torch.manual_seed(random_key(config.seed, "adapters") % 2**32)
+    peft_model = get_peft_model(model, lora)
+    if config.gradient_checkpointing:
+        # Non-reentrant: the inputs of a frozen layer need no gradient, which the reentrant form would require.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return peft_model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, counting the weights of a packed layer and not the numbers that encode them."""
+    packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    parts = {id(getattr(module, name)) for module in packed for name in module.part_names}
+    total = sum(module.in_features * module.out_features for module in packed)
+    total += sum(param.numel() for param in model.parameters() if id(param) not in parts)
+    return sum(param.numel() for param in trainable_parameters(model).values()), total
+
+
+def fingerprint(model: nn.Module) -> bytes:
+    """sha256 of all adapter parameters: names, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, param in trainable_parameters(model).items():
+        digest.update(f"{name} {param.dtype} {tuple(param.shape)}".encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def check_identical(model: nn.Module, device: torch.device) -> str:
+    """The adapters' sha256, in hex. Raises RuntimeError where ranks hold different adapters. Collective."""
+    own = fingerprint(model)
+    if dist.is_initialized():
+        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        odd = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
+        if odd:
+            raise RuntimeError(f"the adapters of ranks {odd} differ from rank 0's")
+    return own.hex()
+
+
+def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer: the folder is whole, or not there. Rank 0 only."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, trained: bool) -> None:
+    """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: forwards of the base.
+
+    Checks that no key is missing or extra, that every tensor has the bytes in memory, that `lora_B` is not all zero
+    once `trained`, and that PEFT, loading the folder beside the live adapter, computes the same logits.
+    """
+    saved, expected = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    if saved.keys() != expected.keys():
+        raise RuntimeError(f"{folder}: keys differ from the model's: {sorted(saved.keys() ^ expected.keys())[:4]}")
+    changed = [name for name, tensor in saved.items() if not torch.equal(tensor, expected[name].cpu())]
+    if changed:
+        raise RuntimeError(f"{folder}: bytes differ from the model's in {changed[:4]}")
+    if trained and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
+        raise RuntimeError(f"{folder}: every lora_B is zero: nothing was trained")
+    live = _probe_logits(model, probe)
+    model.load_adapter(str(folder), "reloaded")
+    try:
+        model.set_adapter("reloaded")
+        reloaded = _probe_logits(model, probe)
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    if not torch.equal(live, reloaded):
+        raise RuntimeError(f"{folder}: PEFT loads it to other logits, by up to {(live - reloaded).abs().max():.3g}")
+
+
+@torch.no_grad()
+def _probe_logits(model: PeftModel, probe: MicroBatch) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    logits = model(input_ids=probe.input_ids_BT, attention_mask=probe.attention_mask_BT, use_cache=False).logits
+    model.train(training)
+    release(model)
+    return logits

@@ -1,0 +1,227 @@
+"""Load a frozen base so that each rank reads, quantizes and holds only its own rows.
+
+transformers' loader does the reading. While the model is still on meta, our quantizer swaps the linears for the frozen
+ones and calls `fully_shard`; the loader then slices every DTensor parameter by itself and hands our rows to
+`QuantizeRows`. No rank ever sees the whole of a quantized weight.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lora_dist.config import UserError
+from lora_dist.quantization import LINEAR_OF, FrozenLinear, as_integers
+
+
+@register_quantization_config("frozen")
+class FrozenConfig(QuantizationConfigMixin):
+    """quantization: int8, nf4 or none. shard_ranks: over how many ranks each layer is spread; 1 keeps it whole."""
+
+    def __init__(self, quantization: str = "int8", shard_ranks: int = 1, **kwargs):
+        self.quant_method = "frozen"
+        self.quantization = quantization
+        self.shard_ranks = shard_ranks
+
+
+class QuantizeRows(ConversionOps):
+    """Turns this rank's rows of one float weight into its rows of the packed parts."""
+
+    def convert(self, input_dict, model=None, **kwargs):
+        ((name, rows),) = input_dict.items()
+        rows = rows[0] if isinstance(rows, list) else rows
+        layer, _ = get_module_from_name(model, name)
+        group = layer.weight.device_mesh.get_group() if isinstance(layer.weight, DTensor) else None
+        parts = layer.quantize(rows, lambda local: _gather_rows(local, layer.out_features, group))
+        converted = {}
+        for part_name, part in zip(layer.part_names, parts, strict=True):
+            if part_name == "nested" and group is not None:  # computed whole on every rank: keep this rank's chunk
+                part = _own_chunk(part, group)
+            converted[f"{name.rpartition('.')[0]}.{part_name}"] = as_integers(part)
+        return converted
+
+
+def _gather_rows(local: torch.Tensor, total: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
+    """All ranks' rows in order, and where this rank's start. Collective: ranks that own no row must call it too."""
+    if group is None:
+        return local, 0
+    most = -(-total // group.size())  # torch.chunk's rule, which fully_shard follows
+    counts = [max(0, min(most, total - most * rank)) for rank in range(group.size())]
+    padded = nn.functional.pad(local, (0, 0, 0, most - len(local)))
+    rows = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(rows, padded, group=group)
+    return torch.cat([r[:count] for r, count in zip(rows, counts, strict=True)]), sum(counts[: group.rank()])
+
+
+def _own_chunk(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    most = -(-len(part) // group.size())
+    return part[most * group.rank() : most * (group.rank() + 1)].clone()
+
+
+def pack_linears(model: PreTrainedModel, quantization: str) -> None:
+    """Freeze a model on meta and swap its linears, the head excepted, for packed ones ("none": keep them)."""
+    model.requires_grad_(False)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization == "nf4"  # PEFT chooses its path by these
+    if quantization == "none":
+        return
+    keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and should_convert_module(name, keep):
+            frozen = LINEAR_OF[quantization](module.in_features, module.out_features, module.bias is not None)
+            model.set_submodule(name, frozen)
+
+
+@register_quantizer("frozen")
+class FrozenQuantizer(HfQuantizer):
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self, *args, **kwargs):
+        return False
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        layer, part_name = get_module_from_name(model, param_name)
+        return isinstance(layer, FrozenLinear) and part_name != "bias"
+
+    def get_quantize_ops(self):
+        return QuantizeRows()
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        """The model is on meta: swap the linears, tie, then shard."""
+        pack_linears(model, self.quantization_config.quantization)
+        if model.config.tie_word_embeddings:  # not tied yet here: the root group would gather the embedding twice
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        if self.quantization_config.shard_ranks > 1:
+            shard(model, self.quantization_config.shard_ranks)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            for name, param in module.named_parameters(recurse=False):
+                if isinstance(param, DTensor):
+                    _drop_whole_storage(param)
+                if model.is_loaded_in_4bit and name == "weight" and isinstance(module, FrozenLinear):
+                    param.compress_statistics, param.quant_type = True, "nf4"  # the loader replaced the parameter
+        return model
+
+
+def _drop_whole_storage(param: DTensor) -> None:
+    """On CPU a slice that needed no conversion is a view that keeps the whole tensor alive: copy it."""
+    local = param._local_tensor
+    if local.untyped_storage().nbytes() > local.nbytes:
+        param._local_tensor = local.clone()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are sharded, gathered and recomputed one at a time: transformers' checkpointing layers."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"model type {model.config.model_type}: transformers marks no checkpointing layers in it, so it cannot be sharded layer by layer")
+    return layers
+
+
+class CountingAllGather:
+    """FSDP's default all-gather, counting the bytes it produces. One instance serves all layers of a model."""
+
+    def __init__(self):
+        self.num_bytes = 0
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self.num_bytes += output_tensor.nbytes
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def shard(model: PreTrainedModel, shard_ranks: int) -> None:
+    """Spread each decoder layer, and what is outside the layers, over `shard_ranks` ranks."""
+    # One dimension named "fsdp": PEFT takes any other name for tensor parallelism and builds LoRA for the local rows.
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (shard_ranks,), mesh_dim_names=("fsdp",))
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.all_gather = CountingAllGather()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(model.all_gather)
+
+
+def load_base(name: str, *, quantization: str, dtype: torch.dtype, device: torch.device, shard_ranks: int) -> PreTrainedModel:
+    """The frozen base, sharded over `shard_ranks` ranks (all of them) or whole where that is 1; `dtype` for what is not quantized.
+
+    Raises UserError where there is no such model, or it cannot be sharded. Collective.
+    """
+    config = load_model_config(name)
+    if getattr(config, "layerdrop", 0) and shard_ranks > 1:  # ranks would skip different layers and their gathers mismatch
+        raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs layerdrop 0")
+    return AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, device_map={"": device}, quantization_config=FrozenConfig(quantization, shard_ranks)
+    )  # fmt: skip
+
+
+def meta_model(name: str, quantization: str) -> PreTrainedModel:
+    """The base as `load_base` will make it, without its weights: to check and count before anything is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(name))
+    pack_linears(model, quantization)
+    return model
+
+
+def load_model_config(name: str):
+    """transformers' config of a model directory or hub name. Raises UserError where there is none."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"--model_name_or_path {name}: no such directory; give a model directory or a hub name such as facebook/opt-6.7b")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {name}: {reason} Give a model directory or a hub name such as facebook/opt-6.7b") from None
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """Bytes of the frozen base: of all ranks' distinct parameters, and as held here (padding of shards included)."""
+
+    total: int
+    per_rank: int
+    quantized_total: int
+    quantized_per_rank: int
+
+
+def base_bytes(model: nn.Module) -> BaseBytes:
+    """Counts storages as they are now; call it while nothing is gathered (after loading, or after `reshard`)."""
+    total = per_rank = quantized_total = quantized_per_rank = 0
+    quantized = {id(getattr(m, part)) for m in model.modules() if isinstance(m, FrozenLinear) for part in m.part_names}
+    for param in model.parameters():  # tied parameters come once
+        if param.requires_grad:
+            continue
+        local = param.to_local() if isinstance(param, DTensor) else param
+        held = local.untyped_storage().nbytes()
+        total, per_rank = total + param.nbytes, per_rank + held
+        if id(param) in quantized:
+            quantized_total, quantized_per_rank = quantized_total + param.nbytes, quantized_per_rank + held
+    return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """All-gather output bytes on this rank since loading; 0 where nothing is sharded."""
+    return model.all_gather.num_bytes if isinstance(model, FSDPModule) else 0
+
+
+def release(model: nn.Module) -> None:
+    """Free what FSDP keeps gathered after a forward without backward (the root group, after evaluation)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,143 @@
+"""What to train: every setting of a run, its flag, and the checks that need no model.
+
+Flags carry TrainingArguments' names where one exists. A run's settings are its recipe's defaults, overridden by
+`--config FILE.yaml`, overridden by flags. This module imports no torch, so a typo is answered in a second.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
+
+
+def setting(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model_name_or_path: str | None = setting(None, "Base model: a directory or a hub name. Default: the recipe's on a GPU, the embedded OPT without one.")
+    dataset_name: str | None = setting(None, "Data set: a hub name, or a .json, .jsonl, .csv, .parquet or .txt file. Default: the recipe's on a GPU, the embedded quotes without one.")
+    dataset_text_field: str = setting("text", "Column that holds the text to train on.")
+    eval_fraction: float = setting(0.05, "Fraction of the rows held out for evaluation when the data set has no test split; 0 for none.")
+    max_length: int = setting(512, "Longest row in tokens; longer ones are cut.")
+
+    quantization: Literal["int8", "nf4", "none"] = setting("int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization, or as it is.")
+    gradient_checkpointing: bool = setting(True, "Recompute each layer's activations in backward instead of keeping them.")
+
+    lora_r: int = setting(16, "Rank of the adapters.")
+    lora_alpha: int = setting(32, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = setting(0.05, "Dropout on the adapters' input.")
+    lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "Names of the linear layers that get an adapter, or all-linear.")
+
+    per_device_train_batch_size: int = setting(4, "Sequences per micro-batch.")
+    gradient_accumulation_steps: int = setting(4, "Micro-batches per rank and optimizer step.")
+    per_device_eval_batch_size: int = setting(8, "Sequences per evaluation micro-batch.")
+    max_steps: int | None = setting(None, "Optimizer steps to train; instead of --num_train_epochs.")
+    num_train_epochs: float | None = setting(None, "Passes over the data to train; instead of --max_steps.")
+    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    warmup_steps: int = setting(100, "Steps of linear warm-up.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting("linear", "Schedule after the warm-up.")
+    optim: Literal["adamw_torch"] = setting("adamw_torch", "Optimizer.")
+    weight_decay: float = setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = setting(1.0, "Clip the gradient of the global batch to this norm; 0 for none.")
+    seed: int = setting(42, "Seed of data order, adapter initialisation and dropout.")
+
+    logging_steps: int = setting(1, "Log every this many steps.")
+    eval_steps: int = setting(0, "Evaluate every this many steps; 0 for at the start and the end only.")
+    save_steps: int = setting(50, "Save the adapter to checkpoints/ every this many steps; 0 for at the end only.")
+    save_total_limit: int = setting(2, "Checkpoints to keep.")
+    output_dir: str | None = setting(None, "Run folder. Default: runs/<recipe>-<date>-<time>.")
+    report_to: Literal["wandb", "none"] = setting("wandb", "Where metrics.jsonl is mirrored to.")
+    sample_prompt: str = setting("", "Complete this prompt before and after training; empty for none.")
+    push_to_hub: bool = setting(False, "Push the adapter to the hub at the end; needs --hub_model_id.")
+    hub_model_id: str | None = setting(None, "Repository on the hub to push the adapter to.")
+
+    def __post_init__(self):
+        for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
+                     "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be 1 or more")
+        for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        for name in ("eval_fraction", "lora_dropout"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "must be above 0 and below 1, e.g. 2e-4")
+        require(self.num_train_epochs is None or self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "must be above 0")
+        both = self.max_steps is not None and self.num_train_epochs is not None
+        require(not both, "max_steps", self.max_steps, f"and --num_train_epochs {self.num_train_epochs} exclude each other: give one of them")
+        require(not self.push_to_hub or self.hub_model_id, "push_to_hub", True, "needs --hub_model_id USER/NAME")
+        require(self.push_to_hub or not self.hub_model_id, "hub_model_id", self.hub_model_id, "has no effect without --push_to_hub true")
+
+
+def require(condition, name: str, value, rule: str) -> None:
+    """Raise the one-line error for `--name value` unless the condition holds."""
+    if not condition:
+        raise UserError(f"--{name} {value}: {rule}")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):  # argparse would print its usage and exit here, on every rank
+        raise UserError(message.removeprefix("argument "))
+
+
+def parse_config(defaults: TrainConfig, argv: list[str], *, description: str = "") -> TrainConfig:
+    """The recipe's defaults, overridden by `--config FILE.yaml`, overridden by flags. Raises UserError."""
+    parser = _Parser(TrainConfig, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a file, e.g. the config.yaml of an earlier run; flags override it.")
+    parser.set_defaults(**dataclasses.asdict(defaults))
+    file = parser.parse_known_args(argv)[0].config
+    settings = _read_yaml(Path(file)) if file else {}
+    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):  # the newest word wins
+        if f"--{name}" in argv:
+            settings.pop(other, None)
+        if f"--{name}" in argv or settings.get(name) is not None:
+            parser.set_defaults(**{other: None})
+    argv = _as_flags(settings) + argv
+    config, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        names = [f.name for f in dataclasses.fields(TrainConfig)] + ["config"]
+        guess = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), names, 1)
+        hint = f"did you mean --{guess[0]}?" if guess else f"the flags are {' '.join('--' + n for n in names)}"
+        raise UserError(f"{unknown[0]}: no such flag; {hint}")
+    return config
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from None
+    require(isinstance(settings, dict), "config", path, "must hold one `name: value` per line")
+    return settings
+
+
+def _as_flags(settings: dict) -> list[str]:
+    """{"lora_r": 8} as ["--lora_r", "8"], so that a file is read with the types and errors of the command line."""
+    flags = []
+    for name, value in settings.items():
+        if value is not None:
+            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
+    """Entry point of a recipe: bad input is one line on rank 0 and exit code 2 on all ranks."""
+    try:
+        main(parse_config(defaults, sys.argv[1:], description=description))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,9 @@
+"""The base model and the quotes that ship with the package, so that training runs with no download.
+
+`build.py` makes them (`python -m lora_dist.embedded.build`); `text.py` is the grammar both are written with.
+"""
+
+from pathlib import Path
+
+BASE_DIR = Path(__file__).parent / "opt"  # a small OPTForCausalLM with its tokenizer
+QUOTES_DIR = Path(__file__).parent / "quotes"  # train.jsonl and test.jsonl: quote, author, tags

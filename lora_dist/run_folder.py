@@ -1,0 +1,80 @@
+"""The run folder: its file names, and how each file is written so that a kill never leaves half of one."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from lora_dist.config import TrainConfig, UserError
+
+STATUSES = ("running", "completed", "preempted", "failed")
+
+
+class RunFolder:
+    def __init__(self, root: Path):
+        self.root = root
+        self.config = root / "config.yaml"
+        self.state = root / "state.json"
+        self.metrics = root / "metrics.jsonl"
+        self.report = root / "report.html"
+        self.adapter = root / "adapter"
+        self.checkpoints = root / "checkpoints"
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write config.yaml. Raises UserError where that cannot be, or where it holds a run."""
+        if self.state.exists():
+            raise UserError(f"--output_dir {self.root}: holds a run already; give another folder, or remove this one")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
+
+    def write_state(self, status: str, step: int, summary: dict | None = None) -> None:
+        assert status in STATUSES
+        write_whole(self.state, json.dumps({"status": status, "step": step, "summary": summary}, indent=2) + "\n")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Oldest first; those whose manifest is written and fits."""
+        return [path for path in sorted(self.checkpoints.glob("step-*")) if is_complete(path)]
+
+    def prune_checkpoints(self, keep: int) -> None:
+        for path in self.complete_checkpoints()[:-keep]:
+            (path / "manifest.json").unlink()  # first: what is left of an interrupted removal is never taken for whole
+            shutil.rmtree(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Declare a folder complete: sizes and checksums of its files, written last."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    write_whole(folder / "manifest.json", json.dumps(entries, indent=2) + "\n")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest is there and every file has the size and checksum it names."""
+    try:
+        entries = json.loads((folder / "manifest.json").read_text())
+        return all((folder / name).stat().st_size == e["bytes"] and _sha256(folder / name) == e["sha256"] for name, e in entries.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,44 @@
+"""How the base is placed: one row per file of accelerate_configs/, and nothing else knows their names."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_dist.config import UserError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to place the frozen base. The code asks these fields, never the name."""
+
+    name: str
+    summary: str
+    base_per_rank: Literal["whole", "1/N"]
+    traffic_per_step: str
+
+
+STRATEGIES = {
+    row.name: row
+    for row in (
+        Strategy("single", "one process, one device", "whole", "none"),
+        Strategy("ddp", "each rank holds the whole base; fastest when it fits", "whole", "adapter gradients"),
+        Strategy("fsdp", "each rank holds its rows of the base and gathers a layer at a time", "1/N", "adapter gradients, and the packed base twice per micro-batch"),
+    )
+}  # fmt: skip
+
+
+def launched_strategy() -> Strategy:
+    """The row that the launcher asked for, read from what accelerate and torchrun put in the environment.
+
+    Raises UserError where the row asks for several ranks and one was started.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(f"accelerate config distributed_type: DEEPSPEED: not supported yet; use one of {', '.join(STRATEGIES)}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise UserError("accelerate config fsdp_version: 1: cannot shard int8 weights; set fsdp_version: 2, as accelerate_configs/fsdp.yaml does")
+        if world_size == 1:
+            raise UserError("accelerate config num_processes: 1: fsdp shards over 2 ranks or more; use accelerate_configs/single.yaml, or --num_processes N")
+        return STRATEGIES["fsdp"]
+    return STRATEGIES["ddp" if world_size > 1 else "single"]

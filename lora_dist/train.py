@@ -1,0 +1,237 @@
+"""The training loop: it owns the order of micro-batches, their random state and the reduction of their gradients.
+
+N: ranks. G: micro-batches of an optimizer step, over all ranks. B, T, V: sequences, tokens, vocabulary.
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from lora_dist.adapters import check_identical, save_adapter, trainable_parameters, verify_adapter
+from lora_dist.base_model import BaseBytes, gathered_bytes, release
+from lora_dist.config import TrainConfig, UserError
+from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
+from lora_dist.metrics import MetricsLog
+from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
+from lora_dist.run_folder import RunFolder, write_manifest
+
+@dataclass
+class Training:
+    """What a step needs. `flat` order: the parameters in model order, then the extras."""
+
+    model: PeftModel
+    tokenizer: object
+    config: TrainConfig
+    accelerator: Accelerator
+    micro_batches: MicroBatches
+    eval_rows: list[list[int]]
+    folder: RunFolder
+    base: BaseBytes
+    num_steps: int = 0
+    params: list[torch.nn.Parameter] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.num_steps = self.config.max_steps or self.micro_batches.num_steps
+        self.params = list(trainable_parameters(self.model).values())
+        self.optimizer = torch.optim.AdamW(self.params, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+        self.scheduler = get_scheduler(self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the trained tokens of the global batch
+    grad_norm: float  # before clipping
+    num_trained_tokens: int
+    num_tokens: int  # without padding
+    num_positions: int  # with padding
+    data_time_s: float
+
+
+def summed_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in fp32, summed over the trained tokens."""
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
+    with run.accelerator.autocast():
+        logits = run.model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
+    return summed_loss(logits, batch.labels_BT)
+
+
+def train_step(run: Training, step: int) -> StepResult:
+    """One optimizer step: G micro-batches, one reduction, one update. The same arithmetic on every rank after the sum."""
+    accelerator, config, device = run.accelerator, run.config, run.accelerator.device
+    num_ranks, total = accelerator.num_processes, run.micro_batches.per_step
+    mine = block(total, num_ranks, accelerator.process_index)
+    tree, data_time_s = TreeSum(total), 0.0
+    for turn in range(-(-total // num_ranks)):  # equally many on all ranks: a sharded base's gathers must match
+        index = mine[min(turn, len(mine) - 1)]
+        started = time.perf_counter()
+        batch = run.micro_batches(step, index)
+        data_time_s += time.perf_counter() - started
+        counts = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel()]
+        batch = batch.to(device)
+        torch.manual_seed(random_key(config.seed, step, index) % 2**32)  # dropout: a function of the micro-batch alone
+        loss = forward_loss(run, batch)
+        (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
+        leaf = flatten_gradients(run.params, [loss.item(), *counts], num_ranks)
+        if turn < len(mine):  # else a spare turn: thrown away
+            tree.add(0, index, leaf)
+    flat = tree_reduce(tree)
+    numel = sum(p.numel() for p in run.params)
+    loss_sum, num_trained, num_tokens, num_positions = flat[numel : numel + 4].tolist()
+    if not torch.isfinite(torch.tensor(loss_sum)):
+        raise FloatingPointError(f"step {step + 1}: the loss is {loss_sum}; lower --learning_rate, or use bf16 in place of fp16")
+    grad = flat[:numel] / num_trained
+    grad_norm = apply_gradient(run, grad)
+    return StepResult(loss_sum / num_trained, grad_norm, int(num_trained), int(num_tokens), int(num_positions), data_time_s)
+
+
+def apply_gradient(run: Training, grad: torch.Tensor) -> float:
+    """Clip the flat gradient, update the parameters and the learning rate; returns the norm before clipping."""
+    for param, part in zip(run.params, grad.split([p.numel() for p in run.params]), strict=True):
+        param.grad = part.view_as(param)
+    scaler = run.accelerator.scaler
+    if scaler:
+        scaler.unscale_(run.optimizer)  # in place, so in `grad` too
+    norm = torch.linalg.vector_norm(grad)
+    if run.config.max_grad_norm:
+        grad.mul_((run.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    if scaler:
+        scaler.step(run.optimizer)  # left out where fp16 overflowed; the same on all ranks, as the gradient is
+        scaler.update()
+    else:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scheduler.step()
+    return norm.item()
+
+
+@torch.no_grad()
+def evaluate(run: Training) -> float:
+    """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
+    size, num_ranks, device = run.config.per_device_eval_batch_size, run.accelerator.num_processes, run.accelerator.device
+    rows = sorted(run.eval_rows, key=len)  # rows of a length together: little padding
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    mine = block(len(batches), num_ranks, run.accelerator.process_index)
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)
+    run.model.eval()
+    for turn in range(-(-len(batches) // num_ranks)):
+        index = mine[turn] if turn < len(mine) else 0  # a spare forward, thrown away, keeps the gathers matched
+        batch = collate(batches[index], run.micro_batches.pad_token_id)
+        loss, num_trained = forward_loss(run, batch.to(device)).item(), batch.num_trained_tokens
+        if turn < len(mine):
+            sums[index] = torch.tensor([loss, num_trained], dtype=torch.float64)
+    run.model.train()
+    release(run.model)
+    if dist.is_initialized():
+        dist.all_reduce(sums)  # each row is zero on all ranks but one: exact in any order
+    loss, num_trained = sums.cpu().sum(0).tolist()
+    return loss / num_trained
+
+
+@torch.no_grad()
+def complete(run: Training, prompt: str, max_new_tokens: int = 48) -> str:
+    """Greedy completion of `prompt`, "" for "". Collective: every rank generates the same tokens in lockstep."""
+    if not prompt:
+        return ""
+    # The space that ends a prompt belongs to the next word's token: leave it to the model.
+    inputs = run.tokenizer(prompt.rstrip(), return_tensors="pt").to(run.accelerator.device)
+    run.model.eval()
+    with run.accelerator.autocast():
+        out = run.model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+            max_new_tokens=max_new_tokens, pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
+        )  # fmt: skip
+    run.model.train()
+    release(run.model)
+    return run.tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def save_checkpoint(run: Training, step: int) -> float:
+    """Save the adapter of `step` to checkpoints/, keep the newest. Returns seconds. Collective."""
+    started = time.perf_counter()
+    folder = run.folder.checkpoint(step)
+    save_adapter_checked(run, folder / "adapter", trained=True)
+    if run.accelerator.is_main_process:
+        write_manifest(folder)
+        run.folder.prune_checkpoints(run.config.save_total_limit)
+        run.folder.write_state("running", step)
+    return time.perf_counter() - started
+
+
+def save_adapter_checked(run: Training, folder: Path, *, trained: bool) -> None:
+    """Save the adapter, the same on all ranks, and raise RuntimeError unless PEFT reads back what is in memory. Collective."""
+    check_identical(run.model, run.accelerator.device)
+    if run.accelerator.is_main_process:
+        save_adapter(run.model, run.tokenizer, folder)
+    run.accelerator.wait_for_everyone()
+    probe = collate([run.micro_batches.rows[0]], run.micro_batches.pad_token_id).to(run.accelerator.device)
+    verify_adapter(run.model, folder, probe, trained=trained)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """This rank's peak: of allocated GPU memory, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train(run: Training, metrics: MetricsLog) -> dict:
+    """All steps, with evaluations, checkpoints and metrics. Returns the measured part of the summary. Collective."""
+    config, main = run.config, run.accelerator.is_main_process
+    losses, tokens_seen, trained_seen, train_time_s, gathered = [], 0, 0, 0.0, None
+    eval_loss = first_eval_loss = _log_evaluation(run, metrics, 0)
+    bar = tqdm(total=run.num_steps, unit="step", disable=not main or not sys.stderr.isatty())
+    run.model.train()
+    for step in range(run.num_steps):
+        started, gathered_before = time.perf_counter(), gathered_bytes(run.model)
+        result = train_step(run, step)
+        step_time_s = time.perf_counter() - started
+        gathered = gathered_bytes(run.model) - gathered_before
+        train_time_s += step_time_s
+        tokens_seen, trained_seen = tokens_seen + result.num_tokens, trained_seen + result.num_trained_tokens
+        losses.append(result.loss)
+        done = step + 1
+        values = {}
+        if done % config.logging_steps == 0 or done == run.num_steps:
+            values = {
+                "train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/learning_rate": run.scheduler.get_last_lr()[0],
+                "train/epoch": done * run.micro_batches.per_step * run.micro_batches.sequences / len(run.micro_batches.rows),
+                "train/tokens_seen": tokens_seen, "train/trainable_tokens_seen": trained_seen,
+                "perf/step_time_s": step_time_s, "perf/data_time_s": result.data_time_s,
+                "perf/tokens_per_second": result.num_tokens / step_time_s,
+                "perf/padding_fraction": 1 - result.num_tokens / result.num_positions,
+            }  # fmt: skip
+        if config.save_steps and done % config.save_steps == 0 and done < run.num_steps:
+            values["checkpoint/save_time_s"] = save_checkpoint(run, done)
+        if values:
+            metrics.log(values, done)
+        if (config.eval_steps and done % config.eval_steps == 0) or done == run.num_steps:
+            eval_loss = _log_evaluation(run, metrics, done)
+        bar.update()
+        bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+    bar.close()
+    return {
+        "steps": run.num_steps, "loss_first": losses[0], "loss_last": losses[-1],
+        "eval_loss_base": first_eval_loss, "eval_loss": eval_loss,
+        "tokens_seen": tokens_seen, "tokens_per_second": tokens_seen / train_time_s, "gathered_bytes_per_step": gathered,
+    }  # fmt: skip
+
+
+def _log_evaluation(run: Training, metrics: MetricsLog, step: int) -> float | None:
+    if not run.eval_rows:
+        return None
+    loss = evaluate(run)
+    metrics.log({"eval/loss": loss, "eval/perplexity": torch.tensor(loss).exp().item()}, step)
+    return loss
