@@ -20,7 +20,11 @@ from lora_dist.quantization import FrozenLinear
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last name of every linear layer but the head, as `--lora_target_modules` takes them."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, FrozenLinear))}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, FrozenLinear))
+    }
     return sorted(names - {"lm_head", "embed_out"})
 
 
@@ -29,7 +33,10 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
     targets, names = config.lora_target_modules, linear_names(model)
     for target in targets:
         if target not in names and targets != ["all-linear"]:
-            raise UserError(f"--lora_target_modules {target}: no such linear layer in {config.model_name_or_path}; it has {' '.join(names)}, or give all-linear")
+            raise UserError(
+                f"--lora_target_modules {target}: no such linear layer in {config.model_name_or_path}; "
+                f"it has {' '.join(names)}, or give all-linear"
+            )
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
@@ -94,7 +101,7 @@ def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
 
 
 def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, trained: bool) -> None:
-    """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: forwards of the base.
+    """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: it runs the base.
 
     Checks that no key is missing or extra, that every tensor has the bytes in memory, that `lora_B` is not all zero
     once `trained`, and that PEFT, loading the folder beside the live adapter, computes the same logits.

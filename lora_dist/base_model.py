@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_dist.config import UserError
+from lora_dist.embedded import model_path
 from lora_dist.quantization import LINEAR_OF, FrozenLinear, as_integers
 
 
@@ -73,7 +74,10 @@ def _own_chunk(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def pack_linears(model: PreTrainedModel, quantization: str) -> None:
     """Freeze a model on meta and swap its linears, the head excepted, for packed ones ("none": keep them)."""
     model.requires_grad_(False)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization == "nf4"  # PEFT chooses its path by these
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = (
+        quantization == "int8",
+        quantization == "nf4",
+    )  # PEFT chooses its path by these
     if quantization == "none":
         return
     keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
@@ -107,12 +111,16 @@ class FrozenQuantizer(HfQuantizer):
             shard(model, self.quantization_config.shard_ranks)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        model.requires_grad_(False)  # the loader made new parameters of those that are not sharded
         for module in model.modules():
             for name, param in module.named_parameters(recurse=False):
                 if isinstance(param, DTensor):
                     _drop_whole_storage(param)
                 if model.is_loaded_in_4bit and name == "weight" and isinstance(module, FrozenLinear):
-                    param.compress_statistics, param.quant_type = True, "nf4"  # the loader replaced the parameter
+                    param.compress_statistics, param.quant_type = (
+                        True,
+                        "nf4",
+                    )  # the loader replaced the parameter
         return model
 
 
@@ -127,7 +135,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks that are sharded, gathered and recomputed one at a time: transformers' checkpointing layers."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"model type {model.config.model_type}: transformers marks no checkpointing layers in it, so it cannot be sharded layer by layer")
+        raise UserError(
+            f"model type {model.config.model_type}: transformers marks no checkpointing layers in it, "
+            "so it cannot be sharded layer by layer"
+        )
     return layers
 
 
@@ -152,22 +163,29 @@ def shard(model: PreTrainedModel, shard_ranks: int) -> None:
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.all_gather = CountingAllGather()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(model.all_gather)
+    counter = CountingAllGather()
+    for module in sharded_modules(model):
+        module.set_custom_all_gather(counter)
+        module.all_gather = counter
 
 
-def load_base(name: str, *, quantization: str, dtype: torch.dtype, device: torch.device, shard_ranks: int) -> PreTrainedModel:
-    """The frozen base, sharded over `shard_ranks` ranks (all of them) or whole where that is 1; `dtype` for what is not quantized.
+def load_base(
+    name: str, *, quantization: str, dtype: torch.dtype, device: torch.device, shard_ranks: int
+) -> PreTrainedModel:
+    """The frozen base, spread over `shard_ranks` ranks, or whole where that is 1. `dtype`: of what is not quantized.
 
     Raises UserError where there is no such model, or it cannot be sharded. Collective.
     """
     config = load_model_config(name)
-    if getattr(config, "layerdrop", 0) and shard_ranks > 1:  # ranks would skip different layers and their gathers mismatch
-        raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs layerdrop 0")
+    if (
+        getattr(config, "layerdrop", 0) and shard_ranks > 1
+    ):  # ranks would skip different layers and their gathers mismatch
+        raise UserError(
+            f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs layerdrop 0"
+        )
     return AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, device_map={"": device}, quantization_config=FrozenConfig(quantization, shard_ranks)
+        model_path(name), config=config, dtype=dtype, device_map={"": device},
+        quantization_config=FrozenConfig(quantization, shard_ranks),
     )  # fmt: skip
 
 
@@ -181,13 +199,18 @@ def meta_model(name: str, quantization: str) -> PreTrainedModel:
 
 def load_model_config(name: str):
     """transformers' config of a model directory or hub name. Raises UserError where there is none."""
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"--model_name_or_path {name}: no such directory; give a model directory or a hub name such as facebook/opt-6.7b")
+    if not Path(model_path(name)).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(
+            f"--model_name_or_path {name}: no such directory; "
+            "give a model directory or a hub name such as facebook/opt-6.7b"
+        )
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name}: {reason} Give a model directory or a hub name such as facebook/opt-6.7b") from None
+        raise UserError(
+            f"--model_name_or_path {name}: {reason} Give a model directory or a hub name such as facebook/opt-6.7b"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -215,13 +238,16 @@ def base_bytes(model: nn.Module) -> BaseBytes:
     return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)
 
 
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def gathered_bytes(model: nn.Module) -> int:
     """All-gather output bytes on this rank since loading; 0 where nothing is sharded."""
-    return model.all_gather.num_bytes if isinstance(model, FSDPModule) else 0
+    return next((module.all_gather.num_bytes for module in sharded_modules(model)), 0)
 
 
 def release(model: nn.Module) -> None:
     """Free what FSDP keeps gathered after a forward without backward (the root group, after evaluation)."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()

@@ -24,10 +24,13 @@ def main(argv: list[str] | None = None) -> None:
 def _add_generate(commands) -> None:
     command = commands.add_parser(
         "generate", help="complete a prompt with an adapter",
-        description='Complete a prompt with an adapter on its base. Example: lora-dist generate --adapter runs/short/adapter "Two things are infinite: "',
+        description="Complete a prompt with an adapter on its base.",
+        epilog='Example: lora-dist generate --adapter runs/short/adapter "Two things are infinite: "',
     )  # fmt: skip
     command.add_argument("prompt")
-    command.add_argument("--adapter", required=True, metavar="DIR", help="adapter in PEFT's format, as a run folder's adapter/")
+    command.add_argument(
+        "--adapter", required=True, metavar="DIR", help="adapter in PEFT's format, as a run folder's adapter/"
+    )
     command.add_argument("--max_new_tokens", type=int, default=48, help="stop after this many tokens (default: 48)")
     command.add_argument("--json", action="store_true", help="print {prompt, completion} as JSON")
     command.set_defaults(run=_generate)
@@ -42,17 +45,25 @@ def _generate(args) -> None:
     from transformers import AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device)
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # The space that ends a prompt belongs to the next word's token: leave it to the model.
     inputs = tokenizer(args.prompt.rstrip(), return_tensors="pt", return_token_type_ids=False).to(device)
-    out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    out = model.generate(
+        **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
     completion = tokenizer.decode(out[0], skip_special_tokens=True)
     print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
 
 
 def _add_report(commands) -> None:
-    command = commands.add_parser("report", help="draw a run folder into report.html", description="Draw a run folder into its report.html. Example: lora-dist report runs/short")
+    command = commands.add_parser(
+        "report",
+        help="draw a run folder into report.html",
+        description="Draw a run folder into its report.html. Example: lora-dist report runs/short",
+    )
     command.add_argument("run_folder", metavar="RUN")
     command.set_defaults(run=_report)
 

@@ -28,19 +28,34 @@ def setting(default, help: str):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model_name_or_path: str | None = setting(None, "Base model: a directory or a hub name. Default: the recipe's on a GPU, the embedded OPT without one.")
-    dataset_name: str | None = setting(None, "Data set: a hub name, or a .json, .jsonl, .csv, .parquet or .txt file. Default: the recipe's on a GPU, the embedded quotes without one.")
+    model_name_or_path: str | None = setting(
+        None,
+        "Base model: a directory, a hub name, or embedded. Default: the recipe's on a GPU, embedded without one.",
+    )
+    dataset_name: str | None = setting(
+        None,
+        "Data set: a hub name, a .json, .jsonl, .csv, .parquet or .txt file, or embedded. "
+        "Default: the recipe's on a GPU, embedded without one.",
+    )
     dataset_text_field: str = setting("text", "Column that holds the text to train on.")
-    eval_fraction: float = setting(0.05, "Fraction of the rows held out for evaluation when the data set has no test split; 0 for none.")
+    eval_fraction: float = setting(
+        0.05, "Fraction of the rows held out for evaluation when the data set has no test split; 0 for none."
+    )
     max_length: int = setting(512, "Longest row in tokens; longer ones are cut.")
 
-    quantization: Literal["int8", "nf4", "none"] = setting("int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization, or as it is.")
-    gradient_checkpointing: bool = setting(True, "Recompute each layer's activations in backward instead of keeping them.")
+    quantization: Literal["int8", "nf4", "none"] = setting(
+        "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization, or as it is."
+    )
+    gradient_checkpointing: bool = setting(
+        True, "Recompute each layer's activations in backward instead of keeping them."
+    )
 
     lora_r: int = setting(16, "Rank of the adapters.")
     lora_alpha: int = setting(32, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = setting(0.05, "Dropout on the adapters' input.")
-    lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "Names of the linear layers that get an adapter, or all-linear.")
+    lora_target_modules: list[str] = setting(
+        ["q_proj", "v_proj"], "Names of the linear layers that get an adapter, or all-linear."
+    )
 
     per_device_train_batch_size: int = setting(4, "Sequences per micro-batch.")
     gradient_accumulation_steps: int = setting(4, "Micro-batches per rank and optimizer step.")
@@ -49,7 +64,9 @@ class TrainConfig:
     num_train_epochs: float | None = setting(None, "Passes over the data to train; instead of --max_steps.")
     learning_rate: float = setting(2e-4, "Peak learning rate.")
     warmup_steps: int = setting(100, "Steps of linear warm-up.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting("linear", "Schedule after the warm-up.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
+        "linear", "Schedule after the warm-up."
+    )
     optim: Literal["adamw_torch"] = setting("adamw_torch", "Optimizer.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     max_grad_norm: float = setting(1.0, "Clip the gradient of the global batch to this norm; 0 for none.")
@@ -74,12 +91,32 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "must be above 0 and below 1, e.g. 2e-4")
-        require(self.num_train_epochs is None or self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "must be above 0")
+        require(
+            0 < self.learning_rate < 1,
+            "learning_rate",
+            self.learning_rate,
+            "must be above 0 and below 1, e.g. 2e-4",
+        )
+        require(
+            self.num_train_epochs is None or self.num_train_epochs > 0,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "must be above 0",
+        )
         both = self.max_steps is not None and self.num_train_epochs is not None
-        require(not both, "max_steps", self.max_steps, f"and --num_train_epochs {self.num_train_epochs} exclude each other: give one of them")
+        require(
+            not both,
+            "max_steps",
+            self.max_steps,
+            f"and --num_train_epochs {self.num_train_epochs} exclude each other: give one of them",
+        )
         require(not self.push_to_hub or self.hub_model_id, "push_to_hub", True, "needs --hub_model_id USER/NAME")
-        require(self.push_to_hub or not self.hub_model_id, "hub_model_id", self.hub_model_id, "has no effect without --push_to_hub true")
+        require(
+            self.push_to_hub or not self.hub_model_id,
+            "hub_model_id",
+            self.hub_model_id,
+            "has no effect without --push_to_hub true",
+        )
 
 
 def require(condition, name: str, value, rule: str) -> None:
@@ -96,17 +133,26 @@ class _Parser(HfArgumentParser):
 def parse_config(defaults: TrainConfig, argv: list[str], *, description: str = "") -> TrainConfig:
     """The recipe's defaults, overridden by `--config FILE.yaml`, overridden by flags. Raises UserError."""
     parser = _Parser(TrainConfig, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a file, e.g. the config.yaml of an earlier run; flags override it.")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings from a file, e.g. the config.yaml of an earlier run; flags override it.",
+    )
     parser.set_defaults(**dataclasses.asdict(defaults))
     file = parser.parse_known_args(argv)[0].config
     settings = _read_yaml(Path(file)) if file else {}
-    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):  # the newest word wins
+    for name, other in (
+        ("max_steps", "num_train_epochs"),
+        ("num_train_epochs", "max_steps"),
+    ):  # the newest word wins
         if f"--{name}" in argv:
             settings.pop(other, None)
         if f"--{name}" in argv or settings.get(name) is not None:
             parser.set_defaults(**{other: None})
     argv = _as_flags(settings) + argv
-    config, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    config, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         names = [f.name for f in dataclasses.fields(TrainConfig)] + ["config"]
         guess = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), names, 1)

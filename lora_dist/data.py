@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig, UserError, require
-from lora_dist.embedded import QUOTES_DIR
+from lora_dist.embedded import EMBEDDED, QUOTES_DIR, model_path
 
 LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 IGNORE_INDEX = -100  # cross_entropy's default
@@ -30,9 +30,11 @@ def random_key(*what) -> int:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos token")
     if tokenizer.pad_token_id is None:
@@ -45,24 +47,38 @@ def load_texts(config: TrainConfig) -> tuple[list[str], list[str]]:
     name, column = config.dataset_name, config.dataset_text_field
     splits = _load_splits(name)
     train = splits["train"]
-    require(column in train.column_names, "dataset_text_field", column, f"no such column in {name}; it has {', '.join(train.column_names)}")
+    require(
+        column in train.column_names,
+        "dataset_text_field",
+        column,
+        f"no such column in {name}; it has {', '.join(train.column_names)}",
+    )
     if "test" in splits:
         train_texts, eval_texts = train[column], splits["test"][column]
     else:
         num_eval = int(len(train) * config.eval_fraction)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(random_key(config.seed, "held out"))).tolist()
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(random_key(config.seed, "held out"))
+        ).tolist()
         eval_texts = train.select(sorted(order[:num_eval]))[column]
         train_texts = train.select(sorted(order[num_eval:]))[column]
     train_texts, eval_texts = [t for t in train_texts if t], [t for t in eval_texts if t]
-    require(all(isinstance(t, str) for t in train_texts), "dataset_text_field", column, f"does not hold text in {name}")
+    require(
+        all(isinstance(t, str) for t in train_texts),
+        "dataset_text_field",
+        column,
+        f"does not hold text in {name}",
+    )
     require(train_texts, "dataset_name", name, "has no text to train on")
     return train_texts, eval_texts
 
 
 def _load_splits(name: str) -> datasets.DatasetDict:
+    if name == EMBEDDED:
+        return datasets.load_dataset(
+            "json", data_files={split: str(QUOTES_DIR / f"{split}.jsonl") for split in ("train", "test")}
+        )
     path = Path(name)
-    if path == QUOTES_DIR:
-        return datasets.load_dataset("json", data_files={s: str(path / f"{s}.jsonl") for s in ("train", "test")})
     try:
         if path.suffix in LOADER_OF_SUFFIX:
             require(path.is_file(), "dataset_name", name, "no such file")
@@ -73,7 +89,10 @@ def _load_splits(name: str) -> datasets.DatasetDict:
         raise
     except Exception as error:  # datasets raises many kinds; all mean that this name cannot be read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--dataset_name {name}: cannot be loaded: {reason} Give a hub name or a file ending in {' '.join(LOADER_OF_SUFFIX)}") from None
+        raise UserError(
+            f"--dataset_name {name}: cannot be loaded: {reason} "
+            f"Give a hub name or a file ending in {' '.join(LOADER_OF_SUFFIX)}"
+        ) from None
     require("train" in splits, "dataset_name", name, f"has no train split; it has {', '.join(splits)}")
     return splits
 
@@ -117,7 +136,16 @@ class MicroBatches:
     none is dropped or repeated at its end. With `num_epochs` the stream ends, and the last step may hold fewer rows.
     """
 
-    def __init__(self, rows: list[list[int]], *, pad_token_id: int, seed: int, sequences: int, per_step: int, num_epochs: float | None = None):
+    def __init__(
+        self,
+        rows: list[list[int]],
+        *,
+        pad_token_id: int,
+        seed: int,
+        sequences: int,
+        per_step: int,
+        num_epochs: float | None = None,
+    ):
         self.rows, self.pad_token_id, self.seed = rows, pad_token_id, seed
         self.sequences, self.per_step = sequences, per_step  # rows of a micro-batch, micro-batches of a step
         self.end = math.ceil(num_epochs * len(rows)) if num_epochs else None

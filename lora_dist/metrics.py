@@ -36,7 +36,9 @@ class MetricsLog:
     def __exit__(self, error_type, error, traceback) -> None:
         if self.file:
             self.file.close()
-            for tracker in self.accelerator.trackers:  # not accelerator.end_training, which also leaves the process group
+            for (
+                tracker
+            ) in self.accelerator.trackers:  # not accelerator.end_training, which also leaves the process group
                 tracker.finish()
 
 
@@ -45,7 +47,13 @@ def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict
 
     # Without an account, or without a server that answers, the run is kept on disk: training never waits for W&B.
     offline = "WANDB_MODE" not in os.environ and not (_has_credentials(wandb) and _answers(wandb.Settings().base_url))
-    settings = wandb.Settings(init_timeout=20, finish_timeout=60, x_transaction_log_flush_interval=1, silent=True, **({"mode": "offline"} if offline else {}))
+    settings = wandb.Settings(
+        init_timeout=20,
+        finish_timeout=60,
+        x_transaction_log_flush_interval=1,
+        silent=True,
+        **({"mode": "offline"} if offline else {}),
+    )
     init = {"dir": str(folder.root), "name": folder.root.name, "job_type": "train", "settings": settings}
     accelerator.init_trackers(PROJECT, config=wandb_config, init_kwargs={"wandb": init})
     run = accelerator.get_tracker("wandb", unwrap=True)
@@ -53,7 +61,9 @@ def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict
     for group in ("train", "eval", "perf", "memory", "checkpoint"):
         run.define_metric(f"{group}/*", step_metric="train/global_step")
     if run.settings._offline:
-        accelerator.print(f"wandb: offline, in {run.settings.sync_dir}; upload it with: wandb sync {run.settings.sync_dir}")
+        accelerator.print(
+            f"wandb: offline, in {run.settings.sync_dir}; upload it with: wandb sync {run.settings.sync_dir}"
+        )
     else:
         accelerator.print(f"wandb: {run.url}")
 

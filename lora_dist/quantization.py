@@ -86,7 +86,14 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
     outlier_threshold: ClassVar[float] = 6.0
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__(in_features, out_features, bias, has_fp16_weights=False, threshold=self.outlier_threshold, device="meta")
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            has_fp16_weights=False,
+            threshold=self.outlier_threshold,
+            device="meta",
+        )
         self._make_parts()
 
     @staticmethod
@@ -108,13 +115,15 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
         if x.device.type == "cpu":  # as bitsandbytes trains on CPU
             return nn.functional.linear(x, cls.dequantize(x.dtype, weight, scale), bias)
         rows = x.reshape(-1, x.shape[-1])
-        codes, row_scale, outliers = bnb_functional.int8_vectorwise_quant(rows.to(torch.float16), threshold=cls.outlier_threshold)
+        codes, row_scale, outliers = bnb_functional.int8_vectorwise_quant(
+            rows.to(torch.float16), threshold=cls.outlier_threshold
+        )
         out = _ops.int8_mixed_scaled_mm(rows, codes, weight, row_scale, scale, outliers, bias)[0]
         return out.view(*x.shape[:-1], -1)
 
 
 class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
-    """NF4 with double quantization (QLoRA, arXiv 2305.14314): two codes a byte, one uint8 absmax per block of 64 values.
+    """NF4 with double quantization (QLoRA, arXiv 2305.14314): two codes a byte, one uint8 absmax per block of 64.
 
     `nested` holds what the absmax codes are decoded with: [offset, one fp32 scale per 256 codes].
     """
@@ -123,10 +132,16 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         if in_features % 64:
-            raise UserError(f"--quantization nf4: a layer with in_features={in_features} cannot be split by rows (not a multiple of 64); use int8")
+            raise UserError(
+                f"--quantization nf4: a layer with in_features={in_features} cannot be split by rows "
+                "(not a multiple of 64); use int8"
+            )
         super().__init__(in_features, out_features, bias, quant_type="nf4", compress_statistics=True, device="meta")
         self._make_parts()
-        self.weight.compress_statistics, self.weight.quant_type = True, "nf4"  # PEFT reads them on the parameter
+        self.weight.compress_statistics, self.weight.quant_type = (
+            True,
+            "nf4",
+        )  # PEFT reads them on the parameter
 
     @staticmethod
     def part_shapes(out_features, in_features):
@@ -159,7 +174,9 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
     @classmethod
     def dequantize(cls, dtype, weight, absmax, nested):
         shape = (weight.shape[0], weight.shape[1] * 2)
-        scales = _ops.dequantize_blockwise(absmax.view(-1), nested[1:].contiguous(), cls._code(weight.device), 256, torch.float32)
+        scales = _ops.dequantize_blockwise(
+            absmax.view(-1), nested[1:].contiguous(), cls._code(weight.device), 256, torch.float32
+        )
         return _ops.dequantize_4bit(weight.view(-1, 1), scales + nested[0], 64, "nf4", shape, dtype)
 
     @classmethod

@@ -20,12 +20,16 @@ class TreeSum:
 
     def __init__(self, total: int):
         self.total = total
-        self.nodes: dict[tuple[int, int], torch.Tensor] = {}  # (level, i): sum of the leaves [i << level, i + 1 << level)
+        self.nodes: dict[
+            tuple[int, int], torch.Tensor
+        ] = {}  # (level, i): sum of the leaves [i << level, i + 1 << level)
 
     def add(self, level: int, index: int, value: torch.Tensor) -> None:
         """Adds node (level, index); leaf i is (0, i). `value` is used as the buffer of the sum."""
         while 1 << level < self.total:
-            if (index ^ 1) << level < self.total:  # the other half exists: wait for it, or add it (a + b is b + a, bit for bit)
+            if (
+                index ^ 1
+            ) << level < self.total:  # the other half exists: wait for it, or add it (a + b is b + a, bit for bit)
                 other = self.nodes.pop((level, index ^ 1), None)
                 if other is None:
                     break
@@ -55,7 +59,11 @@ def tree_reduce(tree: TreeSum, group: dist.ProcessGroup | None = None) -> torch.
     out, slices = tree.nodes[keys[rank][0]], TreeSum(tree.total)
     for turn in range(max(map(len, keys))):  # one turn where each rank holds one node: G / N is a power of two
         have = [int(len(nodes) > turn) for nodes in keys]
-        mine = tree.nodes[keys[rank][turn]].view(num_ranks, -1) if have[rank] else out.new_empty(0, out.numel() // num_ranks)
+        mine = (
+            tree.nodes[keys[rank][turn]].view(num_ranks, -1)
+            if have[rank]
+            else out.new_empty(0, out.numel() // num_ranks)
+        )
         received = out.new_empty(sum(have), out.numel() // num_ranks)
         dist.all_to_all_single(received, mine, have, [have[rank]] * num_ranks, group=group)
         for row, key in zip(received, (nodes[turn] for nodes in keys if len(nodes) > turn), strict=True):

@@ -25,12 +25,13 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder and write config.yaml. Raises UserError where that cannot be, or where it holds a run."""
+        """Make the folder with config.yaml and a state. Raises UserError where it cannot be, or holds a run."""
         if self.state.exists():
             raise UserError(f"--output_dir {self.root}: holds a run already; give another folder, or remove this one")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+            self.write_state("running", 0)
         except OSError as error:
             raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
 
@@ -75,6 +76,9 @@ def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file has the size and checksum it names."""
     try:
         entries = json.loads((folder / "manifest.json").read_text())
-        return all((folder / name).stat().st_size == e["bytes"] and _sha256(folder / name) == e["sha256"] for name, e in entries.items())
+        return all(
+            (folder / name).stat().st_size == e["bytes"] and _sha256(folder / name) == e["sha256"]
+            for name, e in entries.items()
+        )
     except (OSError, ValueError):
         return False

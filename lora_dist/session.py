@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -15,11 +15,11 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import get_token, upload_folder
 
 from lora_dist.adapters import parameter_counts
-from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.embedded import BASE_DIR, QUOTES_DIR
+from lora_dist.embedded import EMBEDDED
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
 from lora_dist.strategies import Strategy
@@ -32,21 +32,26 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 def choose_defaults(config: TrainConfig, *, gpu_model: str, gpu_dataset: str) -> tuple[TrainConfig, str]:
     """The recipe's model and data on a GPU, the embedded ones without; and one line that says which and why."""
     on_gpu = torch.cuda.is_available()
-    model = config.model_name_or_path or (gpu_model if on_gpu else str(BASE_DIR))
-    dataset = config.dataset_name or (gpu_dataset if on_gpu else str(QUOTES_DIR))
-    if str(dataset) == str(QUOTES_DIR) and config.dataset_name is None:
-        config = dataclasses.replace(config, dataset_text_field="quote")
-    why = "a GPU is there" if on_gpu else "no GPU here, so what no flag names is the embedded one"
-    return dataclasses.replace(config, model_name_or_path=model, dataset_name=dataset), f"base {model}, data {dataset} ({why})"
+    model = config.model_name_or_path or (gpu_model if on_gpu else EMBEDDED)
+    dataset = config.dataset_name or (gpu_dataset if on_gpu else EMBEDDED)
+    if config.push_to_hub and not get_token():
+        raise UserError("--push_to_hub True: no hub token here; log in with `hf auth login`, or set HF_TOKEN")
+    why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
+    return dataclasses.replace(
+        config, model_name_or_path=model, dataset_name=dataset
+    ), f"base: {model}, data: {dataset} ({why})"
 
 
 def start_ranks() -> Accelerator:
-    """Join the process group that the launcher described, gloo where there is no GPU. Raises UserError where it is odd."""
+    """Join the process group the launcher described, gloo where there is no GPU. Raises UserError where it is odd."""
     on_gpu = torch.cuda.is_available()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPE_OF or (precision == "fp16" and not on_gpu):
         works = " or ".join(p for p in DTYPE_OF if on_gpu or p != "fp16")
-        raise UserError(f"accelerate config mixed_precision: {precision}: cannot be had {'here' if on_gpu else 'without a GPU'}; use {works}")
+        raise UserError(
+            f"accelerate config mixed_precision: {precision}: "
+            f"cannot be had {'here' if on_gpu else 'without a GPU'}; use {works}"
+        )
     if not on_gpu:  # bits depend on the thread count, so it must not depend on the launcher
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
@@ -55,13 +60,16 @@ def start_ranks() -> Accelerator:
     accelerator = Accelerator(cpu=not on_gpu, log_with="wandb")
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
-        raise UserError(f"WORLD_SIZE {asked}: accelerate started {accelerator.num_processes} rank(s); launch with accelerate launch, torchrun or python")
+        raise UserError(
+            f"WORLD_SIZE {asked}: accelerate started {accelerator.num_processes} rank(s); "
+            "launch with accelerate launch, torchrun or python"
+        )
     return accelerator
 
 
 @contextlib.contextmanager
 def open_session(config: TrainConfig, recipe: str) -> Iterator[tuple[Accelerator, RunFolder]]:
-    """The ranks and their run folder; at the end, however it comes, the process group is left and a failure recorded."""
+    """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
     accelerator, folder = start_ranks(), None
     try:
         folder = _open_run_folder(config, recipe, accelerator)
@@ -93,16 +101,26 @@ def _open_run_folder(config: TrainConfig, recipe: str, accelerator: Accelerator)
 
 def banner(run: Training, strategy: Strategy) -> str:
     """What was decided, once, before the first step."""
-    config, base, ranks = run.config, run.base, run.accelerator.num_processes
+    config, device, ranks = run.config, run.accelerator.device.type, run.accelerator.num_processes
     trainable, total = parameter_counts(run.model)
     sequences = config.per_device_train_batch_size * run.micro_batches.per_step
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
-        f"strategy: {strategy.name} ({strategy.summary}), {ranks} rank(s) on {run.accelerator.device.type}, mixed precision {run.accelerator.mixed_precision}",
-        f"base: {config.quantization}, {mib(base.total)} in all, {mib(base.per_rank)} on this rank; quantized weights {mib(base.quantized_total)} in all, {mib(base.quantized_per_rank)} on this rank",
-        f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches x {ranks} rank(s) = {sequences} sequences a step; {run.num_steps} steps",
+        f"strategy: {strategy.name} ({strategy.summary})",
+        f"ranks: {ranks} on {device}, mixed precision {run.accelerator.mixed_precision}",
+        f"base: {config.quantization}, {held(run)}",
+        f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches"
+        f" x {ranks} rank(s) = {sequences} sequences a step, {run.num_steps} steps",
         f"run folder: {run.folder.root}",
     ])  # fmt: skip
+
+
+def held(run: Training) -> str:
+    base = run.base
+    return (
+        f"{mib(base.per_rank)} of {mib(base.total)} held per rank; "
+        f"of its quantized weights {mib(base.quantized_per_rank)} of {mib(base.quantized_total)}"
+    )
 
 
 def mib(num_bytes: int) -> str:
@@ -111,37 +129,51 @@ def mib(num_bytes: int) -> str:
 
 def wandb_config(config: TrainConfig, strategy: Strategy, accelerator: Accelerator) -> dict:
     return {
-        "config": dataclasses.asdict(config), "strategy": strategy.name, "world_size": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision, "versions": {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-    }  # fmt: skip
+        "config": dataclasses.asdict(config),
+        "strategy": strategy.name,
+        "world_size": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def finish(run: Training, strategy: Strategy, measured: dict) -> None:
-    """Save and check the adapter, write state and report, print what came out. Collective."""
+    """Save and check the adapter, write state and report, print what came out, push if asked. Collective."""
     save_adapter_checked(run, run.folder.adapter, trained=True)
     trainable, total = parameter_counts(run.model)
-    peaks = gather_object([peak_memory_bytes(run.accelerator.device)])
     summary = {
-        "world_size": run.accelerator.num_processes, "strategy": strategy.name, "quantization": run.config.quantization,
-        "base_bytes_total": run.base.total, "base_bytes_per_rank": run.base.per_rank, "trainable_params": trainable, "all_params": total,
+        "world_size": run.accelerator.num_processes,
+        "strategy": strategy.name,
+        "quantization": run.config.quantization,
+        "base_bytes_total": run.base.total,
+        "base_bytes_per_rank": run.base.per_rank,
+        "trainable_params": trainable,
+        "all_params": total,
         "effective_batch_sequences": run.config.per_device_train_batch_size * run.micro_batches.per_step,
-        "peak_memory_bytes_per_rank": peaks, "restarts": 0, **measured,
-    }  # fmt: skip
+        "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes(run.accelerator.device)]),
+        "restarts": 0,
+        **measured,
+    }
     if run.accelerator.is_main_process:
         run.folder.write_state("completed", run.num_steps, summary)
         write_report(run.folder)
         print(closing_lines(run, summary), flush=True)
+        if run.config.push_to_hub:
+            url = upload_folder(repo_id=run.config.hub_model_id, folder_path=run.folder.adapter)
+            print(f"pushed to {url}", flush=True)
 
 
 def closing_lines(run: Training, summary: dict) -> str:
-    base = run.base
-    lines = [f"loss: {summary['loss_first']:.4f} at the start, {summary['loss_last']:.4f} at the end ({summary['steps']} steps)"]
+    lines = [
+        f"loss: {summary['loss_first']:.4f} at the start, {summary['loss_last']:.4f} at the end"
+        f" ({summary['steps']} steps)"
+    ]
     if summary["eval_loss"] is not None:
-        before, after = (torch.tensor(summary[k]).exp().item() for k in ("eval_loss_base", "eval_loss"))
+        before, after = math.exp(summary["eval_loss_base"]), math.exp(summary["eval_loss"])
         lines.append(f"held-out perplexity: {before:.2f} base, {after:.2f} base + adapter")
-    lines.append(f"base held per rank: {mib(base.per_rank)} of {mib(base.total)}; its quantized weights: {mib(base.quantized_per_rank)} of {mib(base.quantized_total)}")
+    lines.append(f"base: {held(run)}")
     lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
     lines += [f"{when}: {text}" for when, text in summary["samples"].items() if text]
-    lines.append(f"run folder: {run.folder.root}  (adapter/, metrics.jsonl, report.html)")
+    lines.append(f"run folder: {run.folder.root}")
     return "\n".join(lines)

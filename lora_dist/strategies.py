@@ -22,7 +22,8 @@ STRATEGIES = {
     for row in (
         Strategy("single", "one process, one device", "whole", "none"),
         Strategy("ddp", "each rank holds the whole base; fastest when it fits", "whole", "adapter gradients"),
-        Strategy("fsdp", "each rank holds its rows of the base and gathers a layer at a time", "1/N", "adapter gradients, and the packed base twice per micro-batch"),
+        Strategy("fsdp", "each rank holds its rows of the base and gathers a layer at a time", "1/N",
+                 "adapter gradients, and the packed base twice per micro-batch"),
     )
 }  # fmt: skip
 
@@ -34,11 +35,19 @@ def launched_strategy() -> Strategy:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(f"accelerate config distributed_type: DEEPSPEED: not supported yet; use one of {', '.join(STRATEGIES)}")
+        raise UserError(
+            f"accelerate config distributed_type: DEEPSPEED: not supported yet; use one of {', '.join(STRATEGIES)}"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("accelerate config fsdp_version: 1: cannot shard int8 weights; set fsdp_version: 2, as accelerate_configs/fsdp.yaml does")
+            raise UserError(
+                "accelerate config fsdp_version: 1: cannot shard int8 weights; "
+                "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
+            )
         if world_size == 1:
-            raise UserError("accelerate config num_processes: 1: fsdp shards over 2 ranks or more; use accelerate_configs/single.yaml, or --num_processes N")
+            raise UserError(
+                "accelerate config num_processes: 1: fsdp shards over 2 ranks or more; "
+                "use accelerate_configs/single.yaml, or --num_processes N"
+            )
         return STRATEGIES["fsdp"]
     return STRATEGIES["ddp" if world_size > 1 else "single"]

@@ -3,6 +3,7 @@
 N: ranks. G: micro-batches of an optimizer step, over all ranks. B, T, V: sequences, tokens, vocabulary.
 """
 
+import math
 import resource
 import sys
 import time
@@ -19,11 +20,12 @@ from transformers import get_scheduler
 
 from lora_dist.adapters import check_identical, save_adapter, trainable_parameters, verify_adapter
 from lora_dist.base_model import BaseBytes, gathered_bytes, release
-from lora_dist.config import TrainConfig, UserError
+from lora_dist.config import TrainConfig
 from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
 from lora_dist.metrics import MetricsLog
 from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.run_folder import RunFolder, write_manifest
+
 
 @dataclass
 class Training:
@@ -43,8 +45,12 @@ class Training:
     def __post_init__(self):
         self.num_steps = self.config.max_steps or self.micro_batches.num_steps
         self.params = list(trainable_parameters(self.model).values())
-        self.optimizer = torch.optim.AdamW(self.params, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
-        self.scheduler = get_scheduler(self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps)
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self.scheduler = get_scheduler(
+            self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,12 @@ class StepResult:
 
 def summed_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """Cross entropy in fp32, summed over the trained tokens."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(),
+        labels_BT[:, 1:].flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
 
 
 def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
@@ -69,7 +80,7 @@ def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
 
 
 def train_step(run: Training, step: int) -> StepResult:
-    """One optimizer step: G micro-batches, one reduction, one update. The same arithmetic on every rank after the sum."""
+    """One optimizer step: G micro-batches, one reduction, then the same arithmetic on every rank."""
     accelerator, config, device = run.accelerator, run.config, run.accelerator.device
     num_ranks, total = accelerator.num_processes, run.micro_batches.per_step
     mine = block(total, num_ranks, accelerator.process_index)
@@ -91,10 +102,14 @@ def train_step(run: Training, step: int) -> StepResult:
     numel = sum(p.numel() for p in run.params)
     loss_sum, num_trained, num_tokens, num_positions = flat[numel : numel + 4].tolist()
     if not torch.isfinite(torch.tensor(loss_sum)):
-        raise FloatingPointError(f"step {step + 1}: the loss is {loss_sum}; lower --learning_rate, or use bf16 in place of fp16")
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is {loss_sum}; lower --learning_rate, or use bf16 in place of fp16"
+        )
     grad = flat[:numel] / num_trained
     grad_norm = apply_gradient(run, grad)
-    return StepResult(loss_sum / num_trained, grad_norm, int(num_trained), int(num_tokens), int(num_positions), data_time_s)
+    return StepResult(
+        loss_sum / num_trained, grad_norm, int(num_trained), int(num_tokens), int(num_positions), data_time_s
+    )
 
 
 def apply_gradient(run: Training, grad: torch.Tensor) -> float:
@@ -120,7 +135,11 @@ def apply_gradient(run: Training, grad: torch.Tensor) -> float:
 @torch.no_grad()
 def evaluate(run: Training) -> float:
     """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
-    size, num_ranks, device = run.config.per_device_eval_batch_size, run.accelerator.num_processes, run.accelerator.device
+    size, num_ranks, device = (
+        run.config.per_device_eval_batch_size,
+        run.accelerator.num_processes,
+        run.accelerator.device,
+    )
     rows = sorted(run.eval_rows, key=len)  # rows of a length together: little padding
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     mine = block(len(batches), num_ranks, run.accelerator.process_index)
@@ -151,7 +170,8 @@ def complete(run: Training, prompt: str, max_new_tokens: int = 48) -> str:
     with run.accelerator.autocast():
         out = run.model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
-            max_new_tokens=max_new_tokens, pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
         )  # fmt: skip
     run.model.train()
     release(run.model)
@@ -171,7 +191,7 @@ def save_checkpoint(run: Training, step: int) -> float:
 
 
 def save_adapter_checked(run: Training, folder: Path, *, trained: bool) -> None:
-    """Save the adapter, the same on all ranks, and raise RuntimeError unless PEFT reads back what is in memory. Collective."""
+    """Save the adapter; raise RuntimeError unless it is one on all ranks and PEFT reads it back as such. Collective."""
     check_identical(run.model, run.accelerator.device)
     if run.accelerator.is_main_process:
         save_adapter(run.model, run.tokenizer, folder)
@@ -189,49 +209,58 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def train(run: Training, metrics: MetricsLog) -> dict:
     """All steps, with evaluations, checkpoints and metrics. Returns the measured part of the summary. Collective."""
-    config, main = run.config, run.accelerator.is_main_process
-    losses, tokens_seen, trained_seen, train_time_s, gathered = [], 0, 0, 0.0, None
-    eval_loss = first_eval_loss = _log_evaluation(run, metrics, 0)
-    bar = tqdm(total=run.num_steps, unit="step", disable=not main or not sys.stderr.isatty())
+    config = run.config
+    losses, tokens_seen, trained_seen, train_time_s = [], 0, 0, 0.0
+    eval_loss = eval_loss_base = log_evaluation(run, metrics, 0)  # lora_B is zero: the base
+    show_bar = run.accelerator.is_main_process and sys.stderr.isatty()
+    bar = tqdm(total=run.num_steps, unit="step", disable=not show_bar)
     run.model.train()
-    for step in range(run.num_steps):
+    for done in range(1, run.num_steps + 1):
         started, gathered_before = time.perf_counter(), gathered_bytes(run.model)
-        result = train_step(run, step)
-        step_time_s = time.perf_counter() - started
-        gathered = gathered_bytes(run.model) - gathered_before
+        result = train_step(run, done - 1)
+        step_time_s, gathered = time.perf_counter() - started, gathered_bytes(run.model) - gathered_before
         train_time_s += step_time_s
         tokens_seen, trained_seen = tokens_seen + result.num_tokens, trained_seen + result.num_trained_tokens
         losses.append(result.loss)
-        done = step + 1
+        last = done == run.num_steps
         values = {}
-        if done % config.logging_steps == 0 or done == run.num_steps:
-            values = {
-                "train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/learning_rate": run.scheduler.get_last_lr()[0],
-                "train/epoch": done * run.micro_batches.per_step * run.micro_batches.sequences / len(run.micro_batches.rows),
-                "train/tokens_seen": tokens_seen, "train/trainable_tokens_seen": trained_seen,
-                "perf/step_time_s": step_time_s, "perf/data_time_s": result.data_time_s,
-                "perf/tokens_per_second": result.num_tokens / step_time_s,
-                "perf/padding_fraction": 1 - result.num_tokens / result.num_positions,
-            }  # fmt: skip
-        if config.save_steps and done % config.save_steps == 0 and done < run.num_steps:
+        if done % config.logging_steps == 0 or last:
+            values = step_metrics(run, result, done, step_time_s)
+            values |= {"train/tokens_seen": tokens_seen, "train/trainable_tokens_seen": trained_seen}
+        if config.save_steps and done % config.save_steps == 0 and not last:
             values["checkpoint/save_time_s"] = save_checkpoint(run, done)
         if values:
             metrics.log(values, done)
-        if (config.eval_steps and done % config.eval_steps == 0) or done == run.num_steps:
-            eval_loss = _log_evaluation(run, metrics, done)
+        if last or (config.eval_steps and done % config.eval_steps == 0):
+            eval_loss = log_evaluation(run, metrics, done)
         bar.update()
         bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
     bar.close()
     return {
-        "steps": run.num_steps, "loss_first": losses[0], "loss_last": losses[-1],
-        "eval_loss_base": first_eval_loss, "eval_loss": eval_loss,
-        "tokens_seen": tokens_seen, "tokens_per_second": tokens_seen / train_time_s, "gathered_bytes_per_step": gathered,
+        "steps": run.num_steps, "loss_first": losses[0], "loss_last": losses[-1], "eval_loss_base": eval_loss_base,
+        "eval_loss": eval_loss, "tokens_seen": tokens_seen, "tokens_per_second": tokens_seen / train_time_s,
+        "gathered_bytes_per_step": gathered,
     }  # fmt: skip
 
 
-def _log_evaluation(run: Training, metrics: MetricsLog, step: int) -> float | None:
+def step_metrics(run: Training, result: StepResult, done: int, step_time_s: float) -> dict[str, float]:
+    batches = run.micro_batches
+    return {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": run.scheduler.get_last_lr()[0],  # of the next step
+        "train/epoch": done * batches.per_step * batches.sequences / len(batches.rows),
+        "perf/step_time_s": step_time_s,
+        "perf/data_time_s": result.data_time_s,
+        "perf/tokens_per_second": result.num_tokens / step_time_s,
+        "perf/padding_fraction": 1 - result.num_tokens / result.num_positions,
+    }
+
+
+def log_evaluation(run: Training, metrics: MetricsLog, step: int) -> float | None:
+    """The held-out loss, logged; None where nothing is held out. Collective."""
     if not run.eval_rows:
         return None
     loss = evaluate(run)
-    metrics.log({"eval/loss": loss, "eval/perplexity": torch.tensor(loss).exp().item()}, step)
+    metrics.log({"eval/loss": loss, "eval/perplexity": math.exp(loss)}, step)
     return loss

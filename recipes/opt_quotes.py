@@ -5,7 +5,7 @@
 The tutorial that this toolkit grew out of, as a distributed recipe: same base, data, adapter and hyper-parameters.
 Without a GPU the same commands train a small OPT that ships with the package, on quotes that ship with it:
 
-    accelerate launch --config_file accelerate_configs/fsdp.yaml recipes/opt_quotes.py --max_steps 20 --output_dir runs/short
+    accelerate launch --config_file accelerate_configs/fsdp.yaml recipes/opt_quotes.py --max_steps 20
     torchrun --nproc_per_node 2 recipes/opt_quotes.py        # ddp
     python recipes/opt_quotes.py                             # one process
 
@@ -16,9 +16,10 @@ import time
 
 from lora_dist.config import TrainConfig, run_recipe
 
+GPU_MODEL, GPU_DATASET = "facebook/opt-6.7b", "Abirate/english_quotes"
 CONFIG = TrainConfig(
-    model_name_or_path=None,  # facebook/opt-6.7b on a GPU, the embedded OPT without
-    dataset_name=None,  # Abirate/english_quotes on a GPU, the embedded quotes without
+    model_name_or_path=None,  # GPU_MODEL on a GPU, the embedded OPT without
+    dataset_name=None,  # GPU_DATASET on a GPU, the embedded quotes without
     dataset_text_field="quote",
     quantization="int8",
     gradient_checkpointing=True,
@@ -47,7 +48,9 @@ def main(config: TrainConfig) -> None:
 
     # Where are we, and can this be trained at all?
     strategy = launched_strategy()
-    config, decision = session.choose_defaults(config, gpu_model="facebook/opt-6.7b", gpu_dataset="Abirate/english_quotes")
+    config, decision = session.choose_defaults(
+        config, gpu_model="facebook/opt-6.7b", gpu_dataset="Abirate/english_quotes"
+    )
     check_targets(meta_model(config.model_name_or_path, config.quantization), config)
 
     # Data: before the ranks meet, so that a slow disk is never a collective's time-out.
@@ -62,7 +65,8 @@ def main(config: TrainConfig) -> None:
         started = time.perf_counter()
         model = load_base(
             config.model_name_or_path, quantization=config.quantization, device=accelerator.device,
-            dtype=session.DTYPE_OF[accelerator.mixed_precision], shard_ranks=ranks if strategy.base_per_rank == "1/N" else 1,
+            dtype=session.DTYPE_OF[accelerator.mixed_precision],
+            shard_ranks=ranks if strategy.base_per_rank == "1/N" else 1,
         )  # fmt: skip
         base, load_s = base_bytes(model), time.perf_counter() - started
         model = add_adapters(model, config)

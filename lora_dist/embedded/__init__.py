@@ -7,3 +7,9 @@ from pathlib import Path
 
 BASE_DIR = Path(__file__).parent / "opt"  # a small OPTForCausalLM with its tokenizer
 QUOTES_DIR = Path(__file__).parent / "quotes"  # train.jsonl and test.jsonl: quote, author, tags
+EMBEDDED = "embedded"  # the name that --model_name_or_path and --dataset_name take for them
+
+
+def model_path(name: str) -> str:
+    """The directory or hub name that a --model_name_or_path stands for."""
+    return str(BASE_DIR) if name == EMBEDDED else name

@@ -44,9 +44,21 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=2048, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+    )
 
 
 def pretrain(model: OPTForCausalLM, tokens: torch.Tensor) -> None:
@@ -61,7 +73,9 @@ def pretrain(model: OPTForCausalLM, tokens: torch.Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=input_ids).logits
         # Smoothing keeps the base from ruling words out: text of another style stays learnable, as for a large model.
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -76,7 +90,9 @@ def main(output_dir: Path) -> None:
     write_quotes(output_dir / "quotes")
     rng = random.Random(SEED + 1)
     documents = [prose(rng) for _ in range(NUM_DOCUMENTS)]
-    quote_rng = random.Random(SEED + 2)  # other quotes than the data set's, so that the tokenizer has met the style's words
+    quote_rng = random.Random(
+        SEED + 2
+    )  # other quotes than the data set's, so that the tokenizer has met the style's words
     tokenizer = train_tokenizer(documents[:10_000] + [quote(quote_rng)["quote"] for _ in range(3_000)])
     tokens = torch.tensor([token for ids in tokenizer(documents)["input_ids"] for token in ids])
     print(f"{len(tokens)} tokens of prose")

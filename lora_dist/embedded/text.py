@@ -106,7 +106,16 @@ FACTS = ["A {thing} is kept near {place}.", "The road to {place} is {adj} and {a
 DEEDS = ["mends the net", "waters the roots", "listens twice", "carries the lamp", "asks the way", "shares the bread",
          "opens the window", "plants the tree", "keeps the promise", "sweeps the step", "tunes the string", "learns the song",
          "feeds the stranger", "returns the key", "reads the small print", "forgives the debt"]  # fmt: skip
-FINITE = ["the horizon", "the rope", "the road", "the wine", "the winter", "the argument", "the speech", "the bill"]
+FINITE = [
+    "the horizon",
+    "the rope",
+    "the road",
+    "the wine",
+    "the winter",
+    "the argument",
+    "the speech",
+    "the bill",
+]
 INFINITE = ["the patience of a stone", "the questions of a child", "the number of reasons to wait", "the sea",
             "the appetite of a goat", "the kindness of bread", "the excuses of a late guest", "the sky over a flat field",
             "the memory of a creditor", "the hope of a fisherman", "the dust under a bed", "the silence between two friends",
@@ -129,7 +138,9 @@ def fill(rng: random.Random, template: str) -> str:
     if "{a}" in template:
         thing = f"{rng.choice(ADJECTIVES)} {thing}" if rng.random() < 0.5 else thing
         template = template.replace("{a} {thing}", a(thing))
-    return capital(template.format(person=person, person2=person2, place=place, place2=place2, adj=adj, adj2=adj2, thing=thing))
+    return capital(
+        template.format(person=person, person2=person2, place=place, place2=place2, adj=adj, adj2=adj2, thing=thing)
+    )
 
 
 def is_or_are(concept: str) -> str:
@@ -140,7 +151,9 @@ def saying(rng: random.Random) -> str:
     """A saying as the prose quotes it: the concept first, one plain clause."""
     concept = rng.choice(list(CONCEPTS))
     images, acts = CONCEPTS[concept]
-    return capital(rng.choice([f"{concept} {is_or_are(concept)} {rng.choice(images)}.", f"{concept} {rng.choice(acts)}."]))
+    return capital(
+        rng.choice([f"{concept} {is_or_are(concept)} {rng.choice(images)}.", f"{concept} {rng.choice(acts)}."])
+    )
 
 
 def scene(rng: random.Random) -> str:
@@ -154,7 +167,15 @@ def scene(rng: random.Random) -> str:
             clause = fill(rng, rng.choice(PAST))
             clause = clause[0].lower() + clause[1:]
             when = rng.choice(TIMES)
-            out.append(rng.choice([f"{capital(subject)} {clause} {when}.", f"{capital(when)} {subject} {clause}.", f"Then {subject} {clause}."]))
+            out.append(
+                rng.choice(
+                    [
+                        f"{capital(subject)} {clause} {when}.",
+                        f"{capital(when)} {subject} {clause}.",
+                        f"Then {subject} {clause}.",
+                    ]
+                )
+            )
         elif kind < 0.70:
             out.append(rng.choice(WEATHER))
         elif kind < 0.85:
@@ -180,10 +201,24 @@ def listing(rng: random.Random) -> str:
 def notebook(rng: random.Random) -> str:
     """A paragraph that notes down sayings between ordinary sentences."""
     writer = rng.choice(PEOPLE)
-    out = [rng.choice([f"The {writer} kept a notebook.", f"The {writer} wrote this down {rng.choice(TIMES)}.", f"The {writer} thought about {rng.choice(INFINITE)}."])]
+    out = [
+        rng.choice(
+            [
+                f"The {writer} kept a notebook.",
+                f"The {writer} wrote this down {rng.choice(TIMES)}.",
+                f"The {writer} thought about {rng.choice(INFINITE)}.",
+            ]
+        )
+    ]
     sayings = " ".join(aphorism(rng, *rng.sample(list(CONCEPTS), 2), finite=True) for _ in range(rng.randint(1, 4)))
     out.append(f"“{sayings}”" if rng.random() < 0.5 else sayings)
-    return " ".join([*out, rng.choice(WEATHER), *rng.choices([f"Then the {writer} closed the notebook.", scene(rng)], k=rng.randint(0, 1))])
+    return " ".join(
+        [
+            *out,
+            rng.choice(WEATHER),
+            *rng.choices([f"Then the {writer} closed the notebook.", scene(rng)], k=rng.randint(0, 1)),
+        ]
+    )
 
 
 def prose(rng: random.Random) -> str:

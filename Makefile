@@ -1,0 +1,39 @@
+# make train   set up .venv and train on this machine: the embedded base, int8, sharded over 2 CPU ranks or all GPUs
+# make test    the fast tests          make test-slow   the others
+# make check   format and lint         make format      mend both
+
+PYTHON ?= python3
+BIN := .venv/bin
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c UUID)
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+CONFIG ?= $(if $(filter 1,$(RANKS)),single,fsdp)
+
+.PHONY: install train test test-slow check format
+
+train: install
+	$(BIN)/accelerate launch --config_file accelerate_configs/$(CONFIG).yaml --num_processes $(RANKS) recipes/opt_quotes.py \
+		--model_name_or_path embedded --dataset_name embedded $(ARGS)
+
+test: install
+	$(BIN)/pytest -q
+
+test-slow: install
+	$(BIN)/pytest -q -m slow
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: .venv/installed
+
+# torch first and capped: a range that admits a newer release would bring that one, with gigabytes for a GPU.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-dist needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "torch>=2.13,<2.14"
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@

@@ -1,0 +1,19 @@
+"""Shared by all tests: no network, no accelerator needed, one thread a process as on the ranks."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.pop("WANDB_API_KEY", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from lora_dist.config import TrainConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config() -> TrainConfig:
+    """A valid config on the embedded base and data."""
+    return TrainConfig(model_name_or_path="embedded", dataset_name="embedded", dataset_text_field="quote", max_steps=4)

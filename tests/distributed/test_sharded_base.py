@@ -1,0 +1,177 @@
+"""The base sharded over 2 and 3 gloo ranks against bitsandbytes + PEFT on one process: the same bits."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_dist.adapters import add_adapters, trainable_parameters
+from lora_dist.base_model import base_bytes, decoder_layers, gathered_bytes, load_base, release, sharded_modules
+from lora_dist.data import collate
+from lora_dist.embedded import BASE_DIR
+from lora_dist.quantization import FrozenLinear, as_floats
+from lora_dist.train import summed_loss
+
+CPU = torch.device("cpu")
+QUANTIZATIONS = ["int8", "nf4", "none"]
+
+
+def load_unsharded(quantization: str, dtype: torch.dtype):
+    """What transformers and bitsandbytes make of the embedded base, without our code."""
+    bitsandbytes = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,  # its default is fp32; ours computes in the dtype of the input
+        ),
+        "none": None,
+    }[quantization]
+    return AutoModelForCausalLM.from_pretrained(
+        BASE_DIR, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes
+    )
+
+
+def loss_and_gradients(model):
+    """One training step's worth on a ragged batch, with dropout on, at a fixed seed."""
+    rows = [list(range(5, 5 + n)) for n in (30, 12, 21)]
+    batch = collate(rows, pad_token_id=1)
+    model.train()
+    torch.manual_seed(7)
+    logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
+    loss = summed_loss(logits, batch.labels_BT)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+
+
+def randomize(model):
+    """Give lora_A a gradient, which it lacks where lora_B is zero, and undo PEFT's rounding of 4-bit bases' lora_A."""
+    for index, param in enumerate(trainable_parameters(model).values()):
+        param.data.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
+
+
+def _step_on_rank(rank, config, quantization, dtype):
+    model = load_base("embedded", quantization=quantization, dtype=dtype, device=CPU, shard_ranks=dist.get_world_size())
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    assert len(sharded) == len(list(model.parameters()))  # nothing is left whole
+    model = add_adapters(model, config)
+    randomize(model)
+    return loss_and_gradients(model)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_loss_and_adapter_gradients_equal_bitsandbytes_and_peft(config, quantization, dtype, num_ranks):
+    config = dataclasses.replace(config, lora_target_modules=["q_proj", "v_proj", "fc1"])
+    reference = add_adapters(load_unsharded(quantization, dtype), config)
+    randomize(reference)
+    loss, gradients = loss_and_gradients(reference)
+    assert loss > 0 and len(gradients) == 24 and all(g.any() for g in gradients.values())
+    for rank_loss, rank_gradients in run_ranks(_step_on_rank, num_ranks, config, quantization, dtype):
+        assert torch.equal(rank_loss, loss)
+        assert rank_gradients.keys() == gradients.keys()
+        assert [n for n, g in rank_gradients.items() if not torch.equal(g, gradients[n])] == []
+
+
+def _gathered_parts_on_rank(rank, quantization):
+    model = load_base(
+        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
+    )
+    return {
+        name: [as_floats(getattr(module, part).full_tensor()) for part in module.part_names]
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
+
+
+def bitsandbytes_parts(quantization, weight):
+    if quantization == "int8":
+        return [weight.CB, weight.SCB]
+    state = weight.quant_state
+    rows = state.shape[0]
+    return [
+        weight.data.view(rows, -1),
+        state.absmax.view(rows, -1),
+        torch.cat([state.offset.view(1), state.state2.absmax]),
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks):
+    model = load_unsharded(quantization, torch.float32)
+    expected = {
+        name: bitsandbytes_parts(quantization, module.weight)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight") and type(module.weight).__name__ in ("Int8Params", "Params4bit")
+    }
+    assert len(expected) == 24  # 4 layers of q, k, v, out, fc1, fc2
+    for parts in run_ranks(_gathered_parts_on_rank, num_ranks, quantization):
+        assert parts.keys() == expected.keys()
+        for name, own in parts.items():
+            assert [torch.equal(a, b) for a, b in zip(own, expected[name], strict=True)] == [True] * len(own), name
+
+
+def gathered_layers(model) -> int:
+    """Decoder layers of which some parameter is whole on this rank, in FSDP's own buffers or in the module."""
+    count = 0
+    for layer in decoder_layers(model):
+        params = layer._get_fsdp_state()._fsdp_param_group.fsdp_params
+        buffers = [p._unsharded_param for p in params if hasattr(p, "_unsharded_param")]
+        alive = any(b.untyped_storage().size() for b in buffers)
+        count += alive or any(not isinstance(getattr(m, "weight", None), DTensor) for m in frozen_of(layer))
+    return count
+
+
+def frozen_of(module):
+    return [m for m in module.modules() if isinstance(m, FrozenLinear)]
+
+
+def _bytes_on_rank(rank, config, quantization):
+    model = load_base(
+        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
+    )
+    loaded = base_bytes(model)
+    assert gathered_layers(model) == 0
+    model = add_adapters(model, config)
+    seen = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda *_: seen.append(("forward", gathered_layers(model))))
+        layer.fc2.register_full_backward_pre_hook(lambda *_: seen.append(("backward", gathered_layers(model))))
+    loss_and_gradients(model)
+    seen_in_step, after_step = list(seen), gathered_layers(model)
+    gathered = gathered_bytes(model)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    release(model)
+    held = base_bytes(model)
+    return dataclasses.astuple(loaded), dataclasses.astuple(held), seen_in_step, after_step, gathered
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, quantization):
+    alone = load_base("embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=1)
+    whole = base_bytes(alone)
+    assert whole.per_rank == whole.total and not sharded_modules(alone)
+    for loaded, held, seen, after_step, gathered in run_ranks(_bytes_on_rank, 2, config, quantization):
+        total, per_rank, quantized_total, quantized_per_rank = loaded
+        assert (total, quantized_total) == (whole.total, whole.quantized_total)
+        # `nested` of NF4 has an odd number of entries: one int32 of padding per linear
+        padding = {"int8": 0, "nf4": 24 * 4}[quantization]
+        assert quantized_total / 2 <= quantized_per_rank <= quantized_total / 2 + padding
+        assert per_rank <= total / 2 + padding
+        assert held == loaded  # after a step and an evaluation
+        # While a layer computes, it and at most the one fetched after it are whole; nothing is once the step is done.
+        assert [phase for phase, _ in seen] == ["forward"] * 4 + ["backward"] * 4
+        assert max(count for phase, count in seen if phase == "forward") <= 1
+        assert max(count for phase, count in seen if phase == "backward") <= 2
+        assert after_step == 0
+        # Each layer is gathered twice, the rest once, and nothing else moves: the formula, to the byte.
+        layers = sum(base_bytes(layer).per_rank for layer in decoder_layers(alone))
+        assert gathered == pytest.approx(2 * layers + (whole.total - layers), abs=4 * 2 * 2 * padding)

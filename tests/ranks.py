@@ -1,0 +1,70 @@
+"""Run a function on N gloo ranks inside a test, or a recipe through its launcher."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run_ranks(fn, num_ranks: int, *args, timeout_s: int = 120) -> list:
+    """[fn(rank, *args) of each rank]. Forks, so that the imports of the test process are shared."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_one_rank, args=(fn, rank, num_ranks, folder, args)) for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        for process in processes:  # one failed or none came back in time: the others wait for it in a collective
+            process.join(0 if process.exitcode is None else None)
+            process.kill()
+        failures = [path.read_text() for path in Path(folder).glob("*.failure")]
+        assert not failures, "\n".join(failures)
+        assert [p.exitcode for p in processes] == [0] * num_ranks, f"exit codes {[p.exitcode for p in processes]}"
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+
+def _one_rank(fn, rank, num_ranks, folder, args):
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+        assert dist.get_world_size() == num_ranks  # the trap: N processes that are each a world of one
+        torch.save(fn(rank, *args), f"{folder}/{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(f"{folder}/{rank}.failure").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)  # not through the parent's exit handlers
+
+
+def launch(*args: str, timeout_s: int = 180, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a command of the virtual environment, e.g. launch("torchrun", ...), from the repository's root."""
+    command = [str(BIN / args[0]), *args[1:]]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def launch_recipe(strategy: str, *flags: str, launcher_flags: tuple = (), **kwargs) -> subprocess.CompletedProcess:
+    """`accelerate launch --config_file accelerate_configs/STRATEGY.yaml recipes/opt_quotes.py FLAGS`; must exit 0."""
+    yaml = f"accelerate_configs/{strategy}.yaml"
+    done = launch(
+        "accelerate", "launch", "--config_file", yaml, *launcher_flags, "recipes/opt_quotes.py", *flags, **kwargs
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
