@@ -40,6 +40,7 @@ def run_ranks(fn, num_ranks: int, *args, timeout_s: int = 120) -> list:
 
 
 def _one_rank(fn, rank, num_ranks, folder, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
         assert dist.get_world_size() == num_ranks  # the trap: N processes that are each a world of one

@@ -1,0 +1,93 @@
+"""The flagship: the adapter's bytes do not depend on the number of ranks or on where the base lies."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from ranks import launch_recipe, run_ranks
+from safetensors.torch import load_file
+
+from lora_dist.adapters import add_adapters, check_identical, fingerprint
+from lora_dist.base_model import base_bytes, load_base, sharded_modules
+from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
+from lora_dist.run_folder import RunFolder
+from lora_dist.train import Training, evaluate, train_step
+
+MICRO_BATCHES_PER_STEP = 12
+CPU = torch.device("cpu")
+
+
+def _train_on_rank(rank, config, mixed_precision, sharded, folder):
+    """3 optimizer steps and an evaluation: (adapter sha256, loss and gradient norm of each step, evaluation)."""
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    num_ranks = accelerator.num_processes
+    assert num_ranks == dist.get_world_size() and accelerator.process_index == rank
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
+    shard_ranks = num_ranks if sharded else 1
+    model = load_base("embedded", quantization=config.quantization, dtype=dtype, device=CPU, shard_ranks=shard_ranks)
+    base = base_bytes(model)
+    assert bool(sharded_modules(model)) == (shard_ranks > 1)
+    assert base.per_rank < 1.1 * base.total / shard_ranks
+    model = add_adapters(model, config)
+    tokenizer = load_tokenizer("embedded")
+    rows, eval_rows = (tokenize(texts, tokenizer, 64) for texts in load_texts(config))
+    micro_batches = MicroBatches(
+        rows, pad_token_id=tokenizer.pad_token_id, seed=config.seed, sequences=2, per_step=MICRO_BATCHES_PER_STEP
+    )
+    run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows[:20], RunFolder(folder), base)
+    torch.manual_seed(1000 + rank)  # nothing may depend on the ambient random state
+    model.train()
+    steps = [train_step(run, step) for step in range(3)]
+    assert check_identical(model, CPU) == fingerprint(model).hex()
+    return fingerprint(model).hex(), [(s.loss, s.grad_norm) for s in steps], evaluate(run)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantization, mixed_precision):
+    # A high learning rate from the first step on, and a low clipping threshold: everything has to act.
+    config = dataclasses.replace(
+        config, quantization=quantization, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05, max_steps=3
+    )
+    placements = [(1, False), (2, False), (2, True), (3, True), (4, False), (4, True)]
+    if (quantization, mixed_precision) != ("int8", "bf16"):
+        placements = [(1, False), (2, True), (3, False)]  # 12 / 3 = 4 micro-batches, which start inside a subtree
+    outcomes = {
+        (num_ranks, sharded): result
+        for num_ranks, sharded in placements
+        for result in run_ranks(_train_on_rank, num_ranks, config, mixed_precision, sharded, tmp_path)
+    }
+    sha256, steps, evaluation = outcomes[1, False]
+    assert all(norm > config.max_grad_norm for _, norm in steps) and steps[0][0] > steps[-1][0] and evaluation > 0
+    assert {placement: result for placement, result in outcomes.items() if result != (sha256, steps, evaluation)} == {}
+
+
+def test_another_seed_gives_other_bytes(config, tmp_path):
+    first, second = (
+        run_ranks(_train_on_rank, 2, dataclasses.replace(config, seed=seed), "no", True, tmp_path)[0] for seed in (1, 2)
+    )
+    assert first[0] != second[0]
+
+
+def test_single_ddp_and_fsdp_launches_save_the_same_bytes(tmp_path):
+    """Through the real launcher and recipe: one process with twice the accumulation, ddp, fsdp."""
+    adapters, losses = [], []
+    for strategy, accumulation, world_size in (("single", 4, 1), ("ddp", 2, 2), ("fsdp", 2, 2)):
+        folder = tmp_path / strategy
+        launch_recipe(
+            strategy,
+            *("--max_steps", "3", "--warmup_steps", "1", "--output_dir", str(folder), "--report_to", "none"),
+            *("--gradient_accumulation_steps", str(accumulation), "--max_length", "64"),
+        )
+        summary = json.loads((folder / "state.json").read_text())["summary"]
+        assert (summary["strategy"], summary["world_size"]) == (strategy, world_size)
+        assert summary["base_bytes_per_rank"] * (2 if strategy == "fsdp" else 1) == summary["base_bytes_total"]
+        assert (summary["gathered_bytes_per_step"] > 0) == (strategy == "fsdp")
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        losses.append([summary["loss_first"], summary["loss_last"], summary["eval_loss"]])
+        assert any(t.any() for n, t in load_file(folder / "adapter/adapter_model.safetensors").items() if "lora_B" in n)
+    assert adapters[0] == adapters[1] == adapters[2]
+    assert losses[0] == losses[1] == losses[2]
