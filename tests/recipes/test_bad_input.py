@@ -1,0 +1,140 @@
+"""Bad input: exit code 2 on every rank, one line from rank 0 that names the setting, and nothing left behind."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from ranks import BIN, ROOT, launch
+
+from lora_dist.embedded import BASE_DIR, QUOTES_DIR
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def start_as_rank(rank: int, num_ranks: int, folder, flags: list[str], env: dict) -> subprocess.Popen:
+    """The recipe's own process as a launcher starts it, so that its exit code and output are seen alone."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400 + os.getpid() % 500}
+    return subprocess.Popen(
+        [str(BIN / "python"), "recipes/opt_quotes.py", "--output_dir", str(folder / "run"), *flags],
+        cwd=ROOT,
+        env=os.environ | {k: str(v) for k, v in (place | address).items()} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+# id: (flags as a function of a temporary folder, environment, what the line must hold)
+CASES = {
+    "unknown flag": (lambda t: ["--lora_rank", "8"], {}, ["--lora_rank", "no such flag", "--lora_r"]),
+    "int4": (lambda t: ["--quantization", "int4"], {}, ["--quantization", "int4", "int8", "nf4", "none"]),
+    "not a number": (lambda t: ["--lora_r", "many"], {}, ["--lora_r", "many", "int"]),
+    "negative rank": (lambda t: ["--lora_r", "-4"], {}, ["--lora_r -4", "1 or more"]),
+    "dropout of one": (lambda t: ["--lora_dropout", "1.0"], {}, ["--lora_dropout 1.0", "below 1"]),
+    "learning rate": (lambda t: ["--learning_rate", "3"], {}, ["--learning_rate 3.0", "2e-4"]),
+    "steps and epochs": (lambda t: ["--max_steps", "3", "--num_train_epochs", "1"], {}, ["exclude each other"]),
+    "no hub name": (lambda t: ["--push_to_hub", "true"], {}, ["--push_to_hub", "--hub_model_id"]),
+    "config file": (lambda t: ["--config", str(t / "no.yaml")], {}, ["--config", "no.yaml", "No such file"]),
+    "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["--lora_rr", "--lora_r?"]),
+    "no model": (
+        lambda t: ["--model_name_or_path", str(t / "none")],
+        {},
+        ["--model_name_or_path", "no such directory"],
+    ),
+    "empty model": (lambda t: ["--model_name_or_path", str(t)], {}, ["--model_name_or_path", "model_type"]),
+    "no data file": (lambda t: ["--dataset_name", str(t / "no.jsonl")], {}, ["--dataset_name", "no such file"]),
+    "no data set": (lambda t: ["--dataset_name", "no/such"], {}, ["--dataset_name no/such", "cannot be loaded"]),
+    "broken data": (
+        lambda t: ["--dataset_name", write(t / "d.jsonl", '{"quote": "a"}\n{"quo')],
+        {},
+        ["--dataset_name", "d.jsonl", "cannot be loaded"],
+    ),
+    "column": (lambda t: ["--dataset_text_field", "txt"], {}, ["--dataset_text_field txt", "quote, author, tags"]),
+    "column of lists": (lambda t: ["--dataset_text_field", "tags"], {}, ["--dataset_text_field tags", "text"]),
+    "target module": (
+        lambda t: ["--lora_target_modules", "q_proj", "query"],
+        {},
+        ["--lora_target_modules query", "fc1 fc2 k_proj out_proj q_proj v_proj"],
+    ),
+    "output_dir in a file": (
+        lambda t: ["--output_dir", write(t / "file", "") + "/run"],
+        {},
+        ["--output_dir", "cannot be written"],
+    ),
+    "fp16 without a GPU": (lambda t: [], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision: fp16", "bf16"]),
+    "fsdp version 1": (lambda t: [], FSDP | {"FSDP_VERSION": "1"}, ["fsdp_version: 1", "fsdp_version: 2"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
+    flags, env, expected = CASES[case]
+    flags, before = flags(tmp_path), sorted(tmp_path.iterdir())
+    ranks = [start_as_rank(rank, 2, tmp_path, flags, env) for rank in range(2)]
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    (out, err), other = outputs
+    assert (out, other) == ("", ("", ""))
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for words in expected:
+        assert words in err
+    assert sorted(tmp_path.iterdir()) == before  # nothing was half-written
+
+
+def test_a_rank_count_that_the_launcher_did_not_start_is_refused(tmp_path):
+    """fsdp on one process, as `--num_processes 1` makes it."""
+    done = launch(
+        *("accelerate", "launch", "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"),
+        *("recipes/opt_quotes.py", "--output_dir", str(tmp_path / "run")),
+    )
+    assert done.returncode != 0
+    assert "error: accelerate config num_processes: 1: fsdp shards over 2 ranks or more" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_world_size_without_its_ranks_is_refused(tmp_path):
+    """WORLD_SIZE says 2, but no rank was given: accelerate starts one process, which would train alone."""
+    done = launch("python", "recipes/opt_quotes.py", "--output_dir", str(tmp_path / "run"), env={"WORLD_SIZE": "2"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WORLD_SIZE 2: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_dies_takes_the_others_along(tmp_path):
+    """Rank 1 finds other data than rank 0: it leaves, and the launcher ends rank 0 within seconds."""
+    data = tmp_path / "data.jsonl"
+    shutil.copy(QUOTES_DIR / "test.jsonl", data)
+    script = tmp_path / "recipe.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--dataset_text_field', 'nothing']\n"
+        "import opt_quotes; opt_quotes.run_recipe(opt_quotes.main, opt_quotes.CONFIG, description='')\n"
+    )
+    started = time.monotonic()
+    done = launch(
+        *("torchrun", "--nproc_per_node", "2", str(script), "--dataset_name", str(data)),
+        *("--output_dir", str(tmp_path / "run"), "--report_to", "none"),
+        timeout_s=90,
+    )
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_help_names_every_flag_and_exits_0():
+    done = launch("python", "recipes/opt_quotes.py", "--help")
+    assert done.returncode == 0
+    assert all(f"--{name}" in done.stdout for name in ("config", "quantization", "lora_r", "max_steps", "output_dir"))
+
+
+def test_generate_with_a_folder_that_is_no_adapter():
+    done = launch("lora-dist", "generate", "--adapter", str(BASE_DIR), "Hello")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: --adapter {BASE_DIR}: holds no adapter_config.json")

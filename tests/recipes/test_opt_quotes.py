@@ -1,0 +1,201 @@
+"""The recipe through `accelerate launch` on 2 ranks, and what it leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from ranks import launch, launch_recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_dist.config import parse_config
+from lora_dist.embedded import BASE_DIR
+from lora_dist.run_folder import RunFolder, is_complete
+
+STEPS = 6
+# Unquantized and in fp32, so that a plain transformers base is the very same function.
+FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "1", "--learning_rate", "3e-3", "--max_length", "64")
+FLAGS += ("--save_steps", "2", "--save_total_limit", "1", "--eval_steps", "3")
+
+
+@pytest.fixture(scope="module")
+def int8_run(tmp_path_factory):
+    """An int8 fsdp run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "int8"
+    return RunFolder(folder), launch_recipe("fsdp", *FLAGS, "--output_dir", str(folder))
+
+
+def metrics_of(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def test_it_really_ran_sharded_on_two_ranks(int8_run):
+    folder, _ = int8_run
+    state = json.loads(folder.state.read_text())
+    summary = state["summary"]
+    assert (state["status"], state["step"]) == ("completed", STEPS)
+    assert (summary["world_size"], summary["strategy"], summary["quantization"]) == (2, "fsdp", "int8")
+    assert summary["base_bytes_per_rank"] * 2 == summary["base_bytes_total"]
+    assert summary["effective_batch_sequences"] == 4 * 4 * 2
+    assert summary["gathered_bytes_per_step"] > summary["base_bytes_total"]
+    assert len(summary["peak_memory_bytes_per_rank"]) == 2
+    contract = """world_size strategy quantization base_bytes_total base_bytes_per_rank gathered_bytes_per_step
+        trainable_params all_params effective_batch_sequences tokens_seen tokens_per_second loss_first loss_last
+        eval_loss peak_memory_bytes_per_rank load_s steps restarts"""
+    assert set(contract.split()) <= summary.keys()
+
+
+def test_the_loss_falls(int8_run):
+    summary = json.loads(int8_run[0].state.read_text())["summary"]
+    assert summary["eval_loss"] < summary["eval_loss_base"] - 0.02
+
+
+def test_metrics_hold_every_step_once(int8_run):
+    metrics = metrics_of(int8_run[0])
+    train = [m for m in metrics if "train/loss" in m]
+    assert [m["train/global_step"] for m in train] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(m["train/loss"]) and m["train/grad_norm"] > 0 for m in train)
+    assert all(0 < m["perf/padding_fraction"] < 1 and m["perf/tokens_per_second"] > 0 for m in train)
+    assert train[-1]["train/tokens_seen"] == json.loads(int8_run[0].state.read_text())["summary"]["tokens_seen"]
+    assert [m["train/global_step"] for m in metrics if "eval/loss" in m] == [0, 3, 6]
+    assert all(m["eval/perplexity"] == math.exp(m["eval/loss"]) for m in metrics if "eval/loss" in m)
+    assert [m["train/global_step"] for m in metrics if "checkpoint/save_time_s" in m] == [2, 4]
+
+
+def test_the_run_folder_is_as_promised(int8_run):
+    folder, _ = int8_run
+    assert [path.name for path in folder.complete_checkpoints()] == ["step-00000004"]  # save_total_limit 1
+    names = {path.name for path in folder.adapter.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"}
+    report = folder.report.read_text()
+    assert "<svg" in report and "Two things are infinite" in report and "http" not in report.replace("https://", "http")
+    config = yaml.safe_load(folder.config.read_text())
+    assert config["learning_rate"] == 3e-3 and config["model_name_or_path"] == "embedded"
+    again = parse_config(parse_config.__globals__["TrainConfig"](), ["--config", str(folder.config)])
+    assert again.max_steps == STEPS and again.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_what_it_prints(int8_run):
+    lines = int8_run[1].stdout.splitlines()
+    assert "trainable params: 49152 || all params: 2270592 || trainable%: 2.1647" in lines
+    assert sum(line.startswith("trainable params:") for line in lines) == 1  # rank 0 only
+    for start in ("loss:", "held-out perplexity:", "base:", "tokens per second:", "before:", "after:", "run folder:"):
+        assert any(line.startswith(start) for line in lines), start
+    assert "it/s" not in int8_run[1].stderr  # no progress bar in a log file
+
+
+def test_wandb_has_one_offline_run_with_every_step(int8_run):
+    (run,) = (int8_run[0].root / "wandb").glob("offline-run-*")
+    shown = launch("wandb", "leet", "inspect", "--json", str(run))
+    records = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
+    history = [r["history"]["item"] for r in records if "history" in r]
+    flat = [
+        {i.get("key") or ".".join(i["nested_key"]): json.loads(i["value_json"]) for i in items} for items in history
+    ]
+    steps = [row["train/global_step"] for row in flat if "train/loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert any("eval/loss" in row for row in flat)
+    assert any("exit" in r for r in records)
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_complete(int8_run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "step-00000004"
+    shutil.copytree(int8_run[0].checkpoint(4), copy)
+    assert is_complete(copy)
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert not is_complete(copy)
+
+
+def test_an_output_dir_that_holds_a_run_is_refused(int8_run):
+    folder, _ = int8_run
+    before = folder.adapter.joinpath("adapter_model.safetensors").read_bytes()
+    done = launch("python", "recipes/opt_quotes.py", "--output_dir", str(folder.root))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --output_dir {folder.root}: holds a run already")
+    assert folder.adapter.joinpath("adapter_model.safetensors").read_bytes() == before
+
+
+def test_plain_peft_loads_the_adapter_to_the_logits_of_training(tmp_path):
+    """Trained on an unquantized fp32 base on 2 ranks, loaded by PEFT on a plain transformers base."""
+    folder = RunFolder(tmp_path / "run")
+    precision = ("--mixed_precision", "no")
+    launch_recipe(
+        *("fsdp", *FLAGS, "--quantization", "none", "--report_to", "none", "--output_dir", str(folder.root)),
+        launcher_flags=precision,
+    )
+    base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
+    saved = load_file(folder.adapter / "adapter_model.safetensors")
+    assert len(saved) == 4 * 2 * 2 and all(t.any() for t in saved.values())  # layers x (q, v) x (A, B), none zero
+    model = PeftModel.from_pretrained(base, folder.adapter)
+    loaded = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(loaded) == len(saved)
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
+
+    # The held-out loss that training measured at its end is the loss of that model.
+    from lora_dist.data import collate, load_texts, tokenize
+    from lora_dist.train import summed_loss
+
+    config = parse_config(parse_config.__globals__["TrainConfig"](), ["--config", str(folder.config)])
+    tokenizer = AutoTokenizer.from_pretrained(folder.adapter)
+    rows = sorted(tokenize(load_texts(config)[1], tokenizer, 64), key=len)
+    loss = num_tokens = 0
+    with torch.no_grad():
+        for start in range(0, len(rows), 8):
+            batch = collate(rows[start : start + 8], tokenizer.pad_token_id)
+            logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+            loss += summed_loss(logits, batch.labels_BT).item()
+            num_tokens += batch.num_trained_tokens
+    measured = json.loads(folder.state.read_text())["summary"]["eval_loss"]
+    assert loss / num_tokens == pytest.approx(measured, abs=1e-6)
+
+
+def test_generate_completes_a_prompt(int8_run):
+    done = launch("lora-dist", "generate", "--adapter", str(int8_run[0].adapter), "--json", "Two things are infinite: ")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["completion"].startswith("Two things are infinite: ") and len(answer["completion"]) > 40
+    model = AutoPeftModelForCausalLM.from_pretrained(int8_run[0].adapter)
+    assert model.active_adapter == "default"
+
+
+def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):
+    """The program's own check after a save, on adapters that were damaged in four ways."""
+    from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
+    from lora_dist.base_model import load_base
+    from lora_dist.data import collate, load_tokenizer
+
+    base = load_base("embedded", quantization="int8", dtype=torch.float32, device=torch.device("cpu"), shard_ranks=1)
+    model, probe = add_adapters(base, config), collate([[2, 5, 6, 7, 8]], 1)
+    folder = tmp_path / "adapter"
+    save_adapter(model, load_tokenizer("embedded"), folder)
+    verify_adapter(model, folder, probe, trained=False)
+    with pytest.raises(RuntimeError, match="every lora_B is zero"):
+        verify_adapter(model, folder, probe, trained=True)
+
+    weights = folder / "adapter_model.safetensors"
+    whole = load_file(weights)
+    save_file(dict(list(whole.items())[1:]), weights)
+    with pytest.raises(RuntimeError, match="keys differ"):
+        verify_adapter(model, folder, probe, trained=False)
+    save_file({n: t + 1 for n, t in whole.items()}, weights)
+    with pytest.raises(RuntimeError, match="bytes differ"):
+        verify_adapter(model, folder, probe, trained=False)
+
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data.fill_(0.1)
+    save_adapter(model, load_tokenizer("embedded"), folder)
+    verify_adapter(model, folder, probe, trained=True)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    with pytest.raises(RuntimeError, match="other logits"):
+        verify_adapter(model, folder, probe, trained=True)
