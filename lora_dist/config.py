@@ -110,6 +110,8 @@ class TrainConfig:
             self.max_steps,
             f"and --num_train_epochs {self.num_train_epochs} exclude each other: give one of them",
         )
+        dead = self.max_steps == 1 and self.warmup_steps  # the warm-up starts at a learning rate of 0
+        require(not dead, "max_steps", 1, f"trains nothing with --warmup_steps {self.warmup_steps}: give more, or 0")
         require(not self.push_to_hub or self.hub_model_id, "push_to_hub", True, "needs --hub_model_id USER/NAME")
         require(
             self.push_to_hub or not self.hub_model_id,

@@ -74,6 +74,8 @@ def load_texts(config: TrainConfig) -> tuple[list[str], list[str]]:
 
 
 def _load_splits(name: str) -> datasets.DatasetDict:
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error
     if name == EMBEDDED:
         return datasets.load_dataset(
             "json", data_files={split: str(QUOTES_DIR / f"{split}.jsonl") for split in ("train", "test")}
@@ -88,10 +90,12 @@ def _load_splits(name: str) -> datasets.DatasetDict:
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; all mean that this name cannot be read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        while error.__cause__:  # the outer ones only say that something went wrong
+            error = error.__cause__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        suffixes = " ".join(LOADER_OF_SUFFIX)
         raise UserError(
-            f"--dataset_name {name}: cannot be loaded: {reason} "
-            f"Give a hub name or a file ending in {' '.join(LOADER_OF_SUFFIX)}"
+            f"--dataset_name {name}: cannot be loaded: {reason}. Give a hub name or a file ending in {suffixes}"
         ) from None
     require("train" in splits, "dataset_name", name, f"has no train split; it has {', '.join(splits)}")
     return splits

@@ -1,10 +1,12 @@
 """metrics.jsonl is the truth, Weights & Biases its mirror. Rank 0 only."""
 
 import json
+import netrc
 import os
 import socket
 import time
-from urllib.parse import urlparse
+from pathlib import Path
+from urllib.parse import ParseResult, urlparse
 
 from accelerate import Accelerator
 
@@ -43,40 +45,51 @@ class MetricsLog:
 
 
 def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict) -> None:
+    """One run, online where there is an account and a server that answers, else kept on disk: training never waits."""
     import wandb
 
-    # Without an account, or without a server that answers, the run is kept on disk: training never waits for W&B.
-    offline = "WANDB_MODE" not in os.environ and not (_has_credentials(wandb) and _answers(wandb.Settings().base_url))
-    settings = wandb.Settings(
-        init_timeout=20,
-        finish_timeout=60,
-        x_transaction_log_flush_interval=1,
-        silent=True,
-        **({"mode": "offline"} if offline else {}),
-    )
-    init = {"dir": str(folder.root), "name": folder.root.name, "job_type": "train", "settings": settings}
-    accelerator.init_trackers(PROJECT, config=wandb_config, init_kwargs={"wandb": init})
+    server = urlparse(wandb.setup().settings.base_url)  # WANDB_BASE_URL and settings files included
+    offline = "WANDB_MODE" not in os.environ and not (_has_credentials(server.hostname) and _answers(server))
+    try:
+        _init_wandb(wandb, folder, accelerator, wandb_config, offline)
+    except wandb.errors.Error as error:  # CommError, AuthenticationError, UsageError
+        accelerator.print(f"wandb: no answer from the server ({str(error).splitlines()[0]}): keeping the run on disk")
+        wandb.teardown()
+        accelerator.trackers.clear()  # else the one that failed is started again
+        _init_wandb(wandb, folder, accelerator, wandb_config, offline=True)
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric("train/global_step")
-    for group in ("train", "eval", "perf", "memory", "checkpoint"):
+    for group in ("train", "eval", "perf", "checkpoint"):
         run.define_metric(f"{group}/*", step_metric="train/global_step")
-    if run.settings._offline:
-        accelerator.print(
-            f"wandb: offline, in {run.settings.sync_dir}; upload it with: wandb sync {run.settings.sync_dir}"
-        )
+    if run.offline:
+        accelerator.print(f"wandb: offline; upload with: wandb sync {Path(run.dir).parent}")
     else:
         accelerator.print(f"wandb: {run.url}")
 
 
-def _has_credentials(wandb) -> bool:
-    return bool(wandb.login(prompt=False))
+def _init_wandb(wandb, folder: RunFolder, accelerator: Accelerator, wandb_config: dict, offline: bool) -> None:
+    settings = wandb.Settings(init_timeout=15, finish_timeout=60, x_transaction_log_flush_interval=1, silent=True)
+    if offline:  # else WANDB_MODE decides
+        settings.mode = "offline"
+    init = {"dir": str(folder.root), "name": folder.root.name, "job_type": "train", "settings": settings}
+    accelerator.init_trackers(PROJECT, config=wandb_config, init_kwargs={"wandb": init})
 
 
-def _answers(base_url: str) -> bool:
-    """Whether something listens there: wandb.init alone would try for a minute and a half."""
-    url = urlparse(base_url)
+def _has_credentials(host: str) -> bool:
+    """Whether wandb would find a key, without its prompt on a terminal or its wait for the server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=2).close()
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _answers(server: ParseResult) -> bool:
+    """Whether something listens there: wandb.init alone would try for a minute and a half."""
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname, port), timeout=2).close()
         return True
     except OSError:
         return False

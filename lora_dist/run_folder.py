@@ -67,7 +67,7 @@ def _sha256(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """Declare a folder complete: sizes and checksums of its files, written last."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     write_whole(folder / "manifest.json", json.dumps(entries, indent=2) + "\n")
 

@@ -34,6 +34,11 @@ def launched_strategy() -> Strategy:
     Raises UserError where the row asks for several ranks and one was started.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "RANK" not in os.environ:  # accelerate would start one process, which trains alone
+        raise UserError(
+            f"WORLD_SIZE {world_size}: set without RANK, so only this process was started; "
+            "launch with accelerate launch or torchrun, or unset it"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
             f"accelerate config distributed_type: DEEPSPEED: not supported yet; use one of {', '.join(STRATEGIES)}"

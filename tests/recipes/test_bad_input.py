@@ -41,6 +41,7 @@ CASES = {
     "dropout of one": (lambda t: ["--lora_dropout", "1.0"], {}, ["--lora_dropout 1.0", "below 1"]),
     "learning rate": (lambda t: ["--learning_rate", "3"], {}, ["--learning_rate 3.0", "2e-4"]),
     "steps and epochs": (lambda t: ["--max_steps", "3", "--num_train_epochs", "1"], {}, ["exclude each other"]),
+    "one step": (lambda t: ["--max_steps", "1"], {}, ["--max_steps 1", "trains nothing", "--warmup_steps 100"]),
     "no hub name": (lambda t: ["--push_to_hub", "true"], {}, ["--push_to_hub", "--hub_model_id"]),
     "config file": (lambda t: ["--config", str(t / "no.yaml")], {}, ["--config", "no.yaml", "No such file"]),
     "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["--lora_rr", "--lora_r?"]),
@@ -55,7 +56,7 @@ CASES = {
     "broken data": (
         lambda t: ["--dataset_name", write(t / "d.jsonl", '{"quote": "a"}\n{"quo')],
         {},
-        ["--dataset_name", "d.jsonl", "cannot be loaded"],
+        ["--dataset_name", "d.jsonl", "cannot be loaded", "JSON parse error"],
     ),
     "column": (lambda t: ["--dataset_text_field", "txt"], {}, ["--dataset_text_field txt", "quote, author, tags"]),
     "column of lists": (lambda t: ["--dataset_text_field", "tags"], {}, ["--dataset_text_field tags", "text"]),
