@@ -4,15 +4,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c UUID)
-RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-CONFIG ?= $(if $(filter 1,$(RANKS)),single,fsdp)
 
 .PHONY: install train test test-slow check format
 
 train: install
-	$(BIN)/accelerate launch --config_file accelerate_configs/$(CONFIG).yaml --num_processes $(RANKS) recipes/opt_quotes.py \
-		--model_name_or_path embedded --dataset_name embedded $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh recipes/opt_quotes.py --model_name_or_path embedded --dataset_name embedded $(ARGS)
 
 test: install
 	$(BIN)/pytest -q
