@@ -41,6 +41,12 @@ def _series(metrics: list[dict], key: str | None) -> list[tuple[int, float]]:
     return [(m["train/global_step"], m[key]) for m in metrics if key in m]
 
 
+def tick_text(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
 def _figures(summary: dict) -> list[tuple[str, str]]:
     """Label and value of the figures at the top; those that were not measured are left out."""
     if "loss_last" not in summary:
@@ -69,7 +75,7 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     width: int = 640
     height: int = 240
-    left: int = 52
+    left: int = 72
 
     @classmethod
     def of(cls, title: str, line: list[tuple[int, float]], dots: list[tuple[int, float]]) -> "Chart | None":
@@ -80,17 +86,19 @@ class Chart:
         last_step = max(step for step, _ in (*line, *dots)) or 1
         margin = (max(values) - min(values)) * 0.05 or abs(values[0]) * 0.05 or 1.0
         low, high = min(values) - margin, max(values) + margin
+        if min(values) >= 0:
+            low = max(low, 0.0)
 
         def x(step: float) -> float:
-            return round(cls.left + step / last_step * (cls.width - cls.left), 1)
+            return round(cls.left + step / last_step * (cls.width - cls.left - 8), 1)
 
         def y(value: float) -> float:
-            return round(8 + (high - value) / (high - low) * (cls.height - 32), 1)
+            return round(14 + (high - value) / (high - low) * (cls.height - 38), 1)
 
         return cls(
             title,
             [(x(step), y(value)) for step, value in line],
             [(x(step), y(value)) for step, value in dots],
             [(x(step), str(step)) for step in sorted({round(last_step * i / 4) for i in range(5)})],
-            [(y(value), f"{value:.3g}") for value in (low + (high - low) * i / 3 for i in range(4))],
+            [(y(value), tick_text(value)) for value in (low + (high - low) * i / 3 for i in range(4))],
         )

@@ -39,6 +39,11 @@ class RunFolder:
         assert status in STATUSES
         write_whole(self.state, json.dumps({"status": status, "step": step, "summary": summary}, indent=2) + "\n")
 
+    def record_failure(self, error: BaseException) -> None:
+        """Say failed, at the step that was last written."""
+        step = json.loads(self.state.read_text(encoding="utf-8"))["step"]
+        self.write_state("failed", step, {"error": f"{type(error).__name__}: {error}"})
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 

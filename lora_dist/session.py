@@ -36,7 +36,9 @@ def choose_defaults(config: TrainConfig, *, gpu_model: str, gpu_dataset: str) ->
     dataset = config.dataset_name or (gpu_dataset if on_gpu else EMBEDDED)
     if config.push_to_hub and not get_token():
         raise UserError("--push_to_hub True: no hub token here; log in with `hf auth login`, or set HF_TOKEN")
-    why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
+    why = "as asked"
+    if not (config.model_name_or_path and config.dataset_name):
+        why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
     return dataclasses.replace(
         config, model_name_or_path=model, dataset_name=dataset
     ), f"base: {model}, data: {dataset} ({why})"
@@ -76,7 +78,7 @@ def open_session(config: TrainConfig, recipe: str) -> Iterator[tuple[Accelerator
         yield accelerator, folder
     except BaseException as error:
         if folder and accelerator.is_main_process:
-            folder.write_state("failed", step=0, summary={"error": f"{type(error).__name__}: {error}"})
+            folder.record_failure(error)
         raise
     finally:
         if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ MICRO_BATCHES_PER_STEP = 12
 CPU = torch.device("cpu")
 
 
-def _train_on_rank(rank, config, mixed_precision, sharded, folder):
+def _train_on_rank(rank, config, mixed_precision, sharded, folder, loss_scale=None):
     """3 optimizer steps and an evaluation: (adapter sha256, loss and gradient norm of each step, evaluation)."""
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    if loss_scale:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     num_ranks = accelerator.num_processes
     assert num_ranks == dist.get_world_size() and accelerator.process_index == rank
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
@@ -63,6 +66,21 @@ def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantizat
     sha256, steps, evaluation = outcomes[1, False]
     assert all(norm > config.max_grad_norm for _, norm in steps) and steps[0][0] > steps[-1][0] and evaluation > 0
     assert {placement: result for placement, result in outcomes.items() if result != (sha256, steps, evaluation)} == {}
+
+
+def test_loss_scaling_as_for_fp16_changes_no_bit(config, tmp_path):
+    """accelerate makes a scaler only on a GPU; the loop's use of it is the same here. 2**10 scales without rounding."""
+    config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05)
+    plain = run_ranks(_train_on_rank, 2, config, "no", True, tmp_path)
+    assert run_ranks(_train_on_rank, 2, config, "no", True, tmp_path, 2.0**10) == plain
+
+
+def test_a_scaled_gradient_that_overflows_skips_the_step_on_all_ranks(config, tmp_path):
+    config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0)
+    untrained = run_ranks(_train_on_rank, 2, dataclasses.replace(config, learning_rate=1e-30), "no", True, tmp_path)
+    skipped = run_ranks(_train_on_rank, 2, config, "no", True, tmp_path, 2.0**127)
+    assert skipped[0][0] == skipped[1][0] and not any(math.isfinite(norm) for _, norm in skipped[0][1])
+    assert skipped[0][2] == pytest.approx(untrained[0][2], abs=1e-12)  # the adapter is where it started
 
 
 def test_another_seed_gives_other_bytes(config, tmp_path):

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_dist.adapters import add_adapters, trainable_parameters
+from lora_dist.adapters import add_adapters, save_adapter, trainable_parameters, verify_adapter
 from lora_dist.base_model import base_bytes, decoder_layers, gathered_bytes, load_base, release, sharded_modules
-from lora_dist.data import collate
+from lora_dist.data import collate, load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.quantization import FrozenLinear, as_floats
 from lora_dist.train import summed_loss
@@ -116,6 +117,41 @@ def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks):
         assert parts.keys() == expected.keys()
         for name, own in parts.items():
             assert [torch.equal(a, b) for a, b in zip(own, expected[name], strict=True)] == [True] * len(own), name
+
+
+def _probe_logits(model):
+    """In training mode, where bitsandbytes computes on CPU as it trains, with every dropout at 0."""
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[2, 40, 41, 42, 43]]), use_cache=False).logits
+
+
+def _save_on_rank(rank, config, quantization, folder):
+    model = load_base(
+        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
+    )
+    model = add_adapters(model, config)
+    randomize(model)
+    if rank == 0:
+        save_adapter(model, load_tokenizer("embedded"), folder)
+    dist.barrier()
+    verify_adapter(model, folder, collate([[2, 5, 6, 7]], 1), trained=True)  # a live base, sharded
+    return _probe_logits(model)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_plain_peft_on_a_plain_base_computes_the_same_logits(config, quantization, tmp_path):
+    config, folder = dataclasses.replace(config, lora_dropout=0.0), tmp_path / "adapter"
+    logits = run_ranks(_save_on_rank, 2, config, quantization, folder)
+    plain = load_unsharded(quantization, torch.float32)
+    before = _probe_logits(plain)
+    plain = PeftModel.from_pretrained(plain, folder)
+    after = _probe_logits(plain)
+    assert not torch.equal(after, before)  # the adapter acts
+    assert torch.equal(logits[0], after) and torch.equal(logits[1], after)
 
 
 def gathered_layers(model) -> int:
