@@ -15,6 +15,8 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
+from lora_dist.preemption import install_handlers
+
 
 class UserError(ValueError):
     """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
@@ -183,6 +185,7 @@ def _as_flags(settings: dict) -> list[str]:
 
 def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
     """Entry point of a recipe: bad input is one line on rank 0 and exit code 2 on all ranks."""
+    install_handlers()
     try:
         main(parse_config(defaults, sys.argv[1:], description=description))
     except UserError as error:

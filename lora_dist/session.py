@@ -141,8 +141,13 @@ def wandb_config(config: TrainConfig, strategy: Strategy, accelerator: Accelerat
 
 
 def finish(run: Training, strategy: Strategy, measured: dict) -> None:
-    """Save and check the adapter, write state and report, print what came out, push if asked. Collective."""
-    save_adapter_checked(run, run.folder.adapter, trained=True)
+    """Save and check the adapter, write state and report, print what came out, push if asked. Collective.
+
+    A run that was preempted has saved a checkpoint already, and gets no `adapter/`.
+    """
+    completed = measured["steps"] == run.num_steps
+    if completed:
+        save_adapter_checked(run, run.folder.adapter, trained=True)
     trainable, total = parameter_counts(run.model)
     summary = {
         "world_size": run.accelerator.num_processes,
@@ -158,16 +163,19 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
         **measured,
     }
     if run.accelerator.is_main_process:
-        run.folder.write_state("completed", run.num_steps, summary)
+        run.folder.write_state("completed" if completed else "preempted", measured["steps"], summary)
         write_report(run.folder)
         print(closing_lines(run, summary), flush=True)
-        if run.config.push_to_hub:
+        if completed and run.config.push_to_hub:
             url = upload_folder(repo_id=run.config.hub_model_id, folder_path=run.folder.adapter)
             print(f"pushed to {url}", flush=True)
 
 
 def closing_lines(run: Training, summary: dict) -> str:
-    lines = [
+    lines = []
+    if summary["steps"] < run.num_steps:
+        lines.append(f"preempted: saved {run.folder.checkpoint(summary['steps'])} of {run.num_steps} steps")
+    lines += [
         f"loss: {summary['loss_first']:.4f} at the start, {summary['loss_last']:.4f} at the end"
         f" ({summary['steps']} steps)"
     ]

@@ -18,6 +18,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from lora_dist import preemption
 from lora_dist.adapters import check_identical, save_adapter, trainable_parameters, verify_adapter
 from lora_dist.base_model import BaseBytes, gathered_bytes, release
 from lora_dist.config import TrainConfig
@@ -61,6 +62,7 @@ class StepResult:
     num_tokens: int  # without padding
     num_positions: int  # with padding
     data_time_s: float
+    stop_asked: bool  # on any rank
 
 
 def summed_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -85,30 +87,35 @@ def train_step(run: Training, step: int) -> StepResult:
     num_ranks, total = accelerator.num_processes, run.micro_batches.per_step
     mine = block(total, num_ranks, accelerator.process_index)
     tree, data_time_s = TreeSum(total), 0.0
+    stop = preemption.stop_asked()  # once a step, whatever the number of micro-batches
     for turn in range(-(-total // num_ranks)):  # equally many on all ranks: a sharded base's gathers must match
         index = mine[min(turn, len(mine) - 1)]
         started = time.perf_counter()
         batch = run.micro_batches(step, index)
         data_time_s += time.perf_counter() - started
-        counts = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel()]
+        extras = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel(), stop]
         batch = batch.to(device)
         torch.manual_seed(random_key(config.seed, step, index) % 2**32)  # dropout: a function of the micro-batch alone
         loss = forward_loss(run, batch)
         (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
-        leaf = flatten_gradients(run.params, [loss.item(), *counts], num_ranks)
+        leaf = flatten_gradients(run.params, [loss.item(), *extras], num_ranks)
         if turn < len(mine):  # else a spare turn: thrown away
             tree.add(0, index, leaf)
     flat = tree_reduce(tree)
     numel = sum(p.numel() for p in run.params)
-    loss_sum, num_trained, num_tokens, num_positions = flat[numel : numel + 4].tolist()
-    if not torch.isfinite(torch.tensor(loss_sum)):
+    loss_sum, num_trained, num_tokens, num_positions, num_stops = flat[numel : numel + 5].tolist()
+    if not math.isfinite(loss_sum):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss_sum}; lower --learning_rate, or use bf16 in place of fp16"
         )
-    grad = flat[:numel] / num_trained
-    grad_norm = apply_gradient(run, grad)
     return StepResult(
-        loss_sum / num_trained, grad_norm, int(num_trained), int(num_tokens), int(num_positions), data_time_s
+        loss=loss_sum / num_trained,
+        grad_norm=apply_gradient(run, flat[:numel] / num_trained),
+        num_trained_tokens=int(num_trained),
+        num_tokens=int(num_tokens),
+        num_positions=int(num_positions),
+        data_time_s=data_time_s,
+        stop_asked=num_stops > 0,
     )
 
 
@@ -182,7 +189,7 @@ def save_checkpoint(run: Training, step: int) -> float:
     """Save the adapter of `step` to checkpoints/, keep the newest. Returns seconds. Collective."""
     started = time.perf_counter()
     folder = run.folder.checkpoint(step)
-    save_adapter_checked(run, folder / "adapter", trained=True)
+    save_adapter_checked(run, folder / "adapter", trained=step > 1 or not run.config.warmup_steps)
     if run.accelerator.is_main_process:
         write_manifest(folder)
         run.folder.prune_checkpoints(run.config.save_total_limit)
@@ -223,11 +230,12 @@ def train(run: Training, metrics: MetricsLog) -> dict:
         tokens_seen, trained_seen = tokens_seen + result.num_tokens, trained_seen + result.num_trained_tokens
         losses.append(result.loss)
         last = done == run.num_steps
+        preempted = result.stop_asked and not last
         values = {}
         if done % config.logging_steps == 0 or last:
             values = step_metrics(run, result, done, step_time_s)
             values |= {"train/tokens_seen": tokens_seen, "train/trainable_tokens_seen": trained_seen}
-        if config.save_steps and done % config.save_steps == 0 and not last:
+        if preempted or (config.save_steps and done % config.save_steps == 0 and not last):
             values["checkpoint/save_time_s"] = save_checkpoint(run, done)
         if values:
             metrics.log(values, done)
@@ -235,9 +243,13 @@ def train(run: Training, metrics: MetricsLog) -> dict:
             eval_loss = log_evaluation(run, metrics, done)
         bar.update()
         bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+        if preempted:
+            break
     bar.close()
+    if done < run.num_steps:  # preempted: not evaluated since
+        eval_loss = None
     return {
-        "steps": run.num_steps, "loss_first": losses[0], "loss_last": losses[-1], "eval_loss_base": eval_loss_base,
+        "steps": done, "loss_first": losses[0], "loss_last": losses[-1], "eval_loss_base": eval_loss_base,
         "eval_loss": eval_loss, "tokens_seen": tokens_seen, "tokens_per_second": tokens_seen / train_time_s,
         "gathered_bytes_per_step": gathered,
     }  # fmt: skip

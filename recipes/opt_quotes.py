@@ -81,7 +81,8 @@ def main(config: TrainConfig) -> None:
         samples = {"before": complete(run, config.sample_prompt)}
         with MetricsLog(folder, accelerator, config, session.wandb_config(config, strategy, accelerator)) as metrics:
             measured = train(run, metrics)
-        samples["after"] = complete(run, config.sample_prompt)
+        if measured["steps"] == run.num_steps:  # else preempted: leave soon
+            samples["after"] = complete(run, config.sample_prompt)
 
         # Save
         session.finish(run, strategy, {**measured, "samples": samples, "load_s": load_s})

@@ -61,6 +61,20 @@ def launch(*args: str, timeout_s: int = 180, env: dict | None = None) -> subproc
     )
 
 
+def start_rank(rank: int, *flags: str, num_ranks: int = 2, env: dict | None = None) -> subprocess.Popen:
+    """The recipe's own process as a launcher starts it, so that its exit code, output and signals are its own."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400 + os.getpid() % 500}
+    return subprocess.Popen(
+        [str(BIN / "python"), "recipes/opt_quotes.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {k: str(v) for k, v in (place | address).items()} | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def launch_recipe(strategy: str, *flags: str, launcher_flags: tuple = (), **kwargs) -> subprocess.CompletedProcess:
     """`accelerate launch --config_file accelerate_configs/STRATEGY.yaml recipes/opt_quotes.py FLAGS`; must exit 0."""
     yaml = f"accelerate_configs/{strategy}.yaml"

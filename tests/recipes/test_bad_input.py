@@ -1,30 +1,14 @@
 """Bad input: exit code 2 on every rank, one line from rank 0 that names the setting, and nothing left behind."""
 
-import os
 import shutil
-import subprocess
 import time
 
 import pytest
-from ranks import BIN, ROOT, launch
+from ranks import ROOT, launch, start_rank
 
 from lora_dist.embedded import BASE_DIR, QUOTES_DIR
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def start_as_rank(rank: int, num_ranks: int, folder, flags: list[str], env: dict) -> subprocess.Popen:
-    """The recipe's own process as a launcher starts it, so that its exit code and output are seen alone."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400 + os.getpid() % 500}
-    return subprocess.Popen(
-        [str(BIN / "python"), "recipes/opt_quotes.py", "--output_dir", str(folder / "run"), *flags],
-        cwd=ROOT,
-        env=os.environ | {k: str(v) for k, v in (place | address).items()} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def write(path, text):
@@ -79,7 +63,7 @@ CASES = {
 def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
     flags, env, expected = CASES[case]
     flags, before = flags(tmp_path), sorted(tmp_path.iterdir())
-    ranks = [start_as_rank(rank, 2, tmp_path, flags, env) for rank in range(2)]
+    ranks = [start_rank(rank, "--output_dir", str(tmp_path / "run"), *flags, env=env) for rank in range(2)]
     outputs = [rank.communicate(timeout=60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outputs
     (out, err), other = outputs

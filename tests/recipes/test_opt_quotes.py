@@ -2,12 +2,14 @@
 
 import json
 import math
+import signal
+import time
 
 import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
-from ranks import launch, launch_recipe
+from ranks import launch, launch_recipe, start_rank
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,6 +98,37 @@ def test_wandb_has_one_offline_run_with_every_step(int8_run):
     assert steps == list(range(1, STEPS + 1))
     assert any("eval/loss" in row for row in history)
     assert any("exit" in r for r in records)
+
+
+@pytest.mark.parametrize("signalled_rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_after_a_step(signalled_rank, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    ranks = [start_rank(rank, "--output_dir", str(folder.root), "--report_to", "none") for rank in range(2)]
+    deadline = time.monotonic() + 90
+    while not (folder.metrics.exists() and '"train/loss"' in folder.metrics.read_text()):
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+        time.sleep(0.1)
+    ranks[signalled_rank].send_signal(signal.SIGUSR1)
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    state = json.loads(folder.state.read_text())
+    (checkpoint,) = folder.complete_checkpoints()
+    assert state["status"] == "preempted" and 0 < state["step"] < 200
+    assert checkpoint == folder.checkpoint(state["step"])
+    assert [m["train/global_step"] for m in metrics_of(folder) if "train/loss" in m] == [*range(1, state["step"] + 1)]
+    assert state["summary"]["eval_loss"] is None and not folder.adapter.exists() and folder.report.exists()
+    assert "preempted: saved" in outputs[0][0]
+
+
+def test_a_signal_while_loading_is_not_lost(tmp_path):
+    process = start_rank(0, "--output_dir", str(tmp_path / "run"), "--report_to", "none", num_ranks=1)
+    time.sleep(1.5)  # in the middle of the imports
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "run" / "state.json").read_text()) | {"summary": None} == {
+        "status": "preempted", "step": 1, "summary": None
+    }  # fmt: skip
 
 
 def test_a_checkpoint_with_a_changed_byte_is_not_complete(int8_run, tmp_path):
