@@ -26,15 +26,22 @@ from lora_dist.config import UserError
 from lora_dist.embedded import model_path
 from lora_dist.quantization import LINEAR_OF, FrozenLinear, as_integers
 
+# Routers of experts and the like are small and stay as they are; below this share, something large was left out.
+LEAST_QUANTIZED_SHARE = 0.9
+
 
 @register_quantization_config("frozen")
 class FrozenConfig(QuantizationConfigMixin):
-    """quantization: int8, nf4 or none. shard_ranks: over how many ranks each layer is spread; 1 keeps it whole."""
+    """quantization: int8, nf4 or none. shard_ranks: over how many ranks the base is spread; 1 keeps it whole.
 
-    def __init__(self, quantization: str = "int8", shard_ranks: int = 1, **kwargs):
+    resident_layers: how many decoder layers stay whole all the same.
+    """
+
+    def __init__(self, quantization: str = "int8", shard_ranks: int = 1, resident_layers: int = 0, **kwargs):
         self.quant_method = "frozen"
         self.quantization = quantization
         self.shard_ranks = shard_ranks
+        self.resident_layers = resident_layers
 
 
 class QuantizeRows(ConversionOps):
@@ -72,19 +79,50 @@ def _own_chunk(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def pack_linears(model: PreTrainedModel, quantization: str) -> None:
-    """Freeze a model on meta and swap its linears, the head excepted, for packed ones ("none": keep them)."""
+    """Freeze a model on meta and swap its linears, the head excepted, for packed ones ("none": keep them).
+
+    Raises UserError where a good part of the layers' weights would stay unquantized: never skipped silently.
+    """
     model.requires_grad_(False)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = (
-        quantization == "int8",
-        quantization == "nf4",
-    )  # PEFT chooses its path by these
+    # PEFT chooses its bitsandbytes path by these.
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization == "nf4"
     if quantization == "none":
         return
     keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and should_convert_module(name, keep):
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, keep)}
+    smallest_of_type = {type(m): m for m in sorted(linears.values(), key=lambda m: -m.weight.numel())}
+    is_linear = {kind: kind is nn.Linear or _computes_linear(module) for kind, module in smallest_of_type.items()}
+    for name, module in linears.items():
+        if is_linear[type(module)]:
             frozen = LINEAR_OF[quantization](module.in_features, module.out_features, module.bias is not None)
             model.set_submodule(name, frozen)
+    share, left = quantized_share(model)
+    if share < LEAST_QUANTIZED_SHARE:
+        raise UserError(
+            f"--quantization {quantization}: only {share:.0%} of the layers' weights of a {model.config.model_type} "
+            f"can be quantized, not {' '.join(sorted(left))}; use none"
+        )
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear, such as Falcon's, computes x @ W.T + b: tried on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):  # the caller builds the model on meta
+        params = {name: torch.randn(param.shape, generator=generator) for name, param in module.named_parameters()}
+        x = torch.randn(3, module.in_features, generator=generator)
+        expected = nn.functional.linear(x, params["weight"], params.get("bias"))
+        return torch.allclose(torch.func.functional_call(module, params, (x,)), expected, rtol=1e-4, atol=1e-3)
+
+
+def quantized_share(model: nn.Module) -> tuple[float, set[str]]:
+    """Of the frozen matrices inside the decoder layers: the share that is packed, and the names of the others."""
+    packed, left = 0, {}
+    for layer in decoder_layers(model):
+        packed += sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, FrozenLinear))
+        for name, param in layer.named_parameters():
+            if param.dim() >= 2 and param.is_floating_point() and not param.requires_grad:
+                left[name] = left.get(name, 0) + param.numel()
+    return packed / (packed + sum(left.values())), set(left)
 
 
 @register_quantizer("frozen")
@@ -108,7 +146,7 @@ class FrozenQuantizer(HfQuantizer):
         if model.config.tie_word_embeddings:  # not tied yet here: the root group would gather the embedding twice
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         if self.quantization_config.shard_ranks > 1:
-            shard(model, self.quantization_config.shard_ranks)
+            shard(model, self.quantization_config.shard_ranks, self.quantization_config.resident_layers)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model.requires_grad_(False)  # the loader made new parameters of those that are not sharded
@@ -156,13 +194,21 @@ class CountingAllGather:
         return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-def shard(model: PreTrainedModel, shard_ranks: int) -> None:
-    """Spread each decoder layer, and what is outside the layers, over `shard_ranks` ranks."""
+def shard(model: PreTrainedModel, shard_ranks: int, resident_layers: int) -> None:
+    """Spread what is outside the decoder layers, and each layer but the last `resident_layers`, over `shard_ranks`.
+
+    The last ones are the residents because memory peaks at the head, where a gathered layer would come on top.
+    """
     # One dimension named "fsdp": PEFT takes any other name for tensor parallelism and builds LoRA for the local rows.
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (shard_ranks,), mesh_dim_names=("fsdp",))
-    for layer in decoder_layers(model):
+    layers, model_class = decoder_layers(model), type(model)
+    num_sharded = len(layers) - resident_layers
+    for layer in layers[:num_sharded]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={p for layer in layers[num_sharded:] for p in layer.parameters()})
+    # fully_shard made a class of its own of it, which transformers takes for custom code, whose checkpoints it renames
+    # no weights of: GPT-NeoX's head would silently stay random.
+    type(model).__name__, type(model).__module__ = model_class.__name__, model_class.__module__
     counter = CountingAllGather()
     for module in sharded_modules(model):
         module.set_custom_all_gather(counter)
@@ -170,23 +216,30 @@ def shard(model: PreTrainedModel, shard_ranks: int) -> None:
 
 
 def load_base(
-    name: str, *, quantization: str, dtype: torch.dtype, device: torch.device, shard_ranks: int
+    name: str,
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard_ranks: int,
+    resident_layers: int = 0,
 ) -> PreTrainedModel:
     """The frozen base, spread over `shard_ranks` ranks, or whole where that is 1. `dtype`: of what is not quantized.
 
-    Raises UserError where there is no such model, or it cannot be sharded. Collective.
+    `resident_layers` decoder layers stay whole on every rank and are never gathered.
+    Raises UserError where there is no such model, or it cannot be quantized or sharded. Collective.
     """
     config = load_model_config(name)
-    if (
-        getattr(config, "layerdrop", 0) and shard_ranks > 1
-    ):  # ranks would skip different layers and their gathers mismatch
-        raise UserError(
-            f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs layerdrop 0"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        model_path(name), config=config, dtype=dtype, device_map={"": device},
-        quantization_config=FrozenConfig(quantization, shard_ranks),
+    if getattr(config, "layerdrop", 0) and shard_ranks > 1:  # ranks would skip different layers, gathers mismatch
+        raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs 0")
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        model_path(name), config=config, dtype=dtype, device_map={"": device}, output_loading_info=True,
+        quantization_config=FrozenConfig(quantization, shard_ranks, resident_layers),
     )  # fmt: skip
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"--model_name_or_path {name}: its checkpoint lacks {' '.join(missing[:4])}")
+    return model
 
 
 def meta_model(name: str, quantization: str) -> PreTrainedModel:

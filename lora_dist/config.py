@@ -48,6 +48,9 @@ class TrainConfig:
     quantization: Literal["int8", "nf4", "none"] = setting(
         "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization, or as it is."
     )
+    resident_layers: str = setting(
+        "0", "fsdp: decoder layers that stay whole on each rank and are never gathered: a number, or all."
+    )
     gradient_checkpointing: bool = setting(
         True, "Recompute each layer's activations in backward instead of keeping them."
     )
@@ -93,6 +96,8 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        resident = self.resident_layers
+        require(resident == "all" or resident.isdigit(), "resident_layers", resident, "must be a number, or all")
         require(
             0 < self.learning_rate < 1,
             "learning_rate",

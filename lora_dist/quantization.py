@@ -63,6 +63,8 @@ class FrozenMatmul(torch.autograd.Function):
 class FrozenLinear:
     """What the two kinds below share. They subclass bitsandbytes' modules so that PEFT takes its bitsandbytes path."""
 
+    _is_hf_initialized = True  # transformers must not draw random numbers for a weight that a checkpoint lacks
+
     @staticmethod
     def part_shapes(out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name of each packed part: its shape and dtype. All are sharded along dimension 0."""

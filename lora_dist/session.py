@@ -18,11 +18,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import get_token, upload_folder
 
 from lora_dist.adapters import parameter_counts
+from lora_dist.base_model import quantized_share
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.embedded import EMBEDDED
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
-from lora_dist.strategies import Strategy
+from lora_dist.strategies import Strategy, world_size
 from lora_dist.train import Training, peak_memory_bytes, save_adapter_checked
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +61,7 @@ def start_ranks() -> Accelerator:
         transformers.utils.logging.disable_progress_bar()
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
     accelerator = Accelerator(cpu=not on_gpu, log_with="wandb")
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = world_size()
     if accelerator.num_processes != asked:
         raise UserError(
             f"WORLD_SIZE {asked}: accelerate started {accelerator.num_processes} rank(s); "
@@ -110,7 +111,7 @@ def banner(run: Training, strategy: Strategy) -> str:
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
         f"strategy: {strategy.name} ({strategy.summary})",
         f"ranks: {ranks} on {device}, mixed precision {run.accelerator.mixed_precision}",
-        f"base: {config.quantization}, {held(run)}",
+        f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {held(run)}",
         f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches"
         f" x {ranks} rank(s) = {sequences} sequences a step, {run.num_steps} steps",
         f"run folder: {run.folder.root}",

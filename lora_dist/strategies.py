@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dist.config import UserError
+from lora_dist.config import TrainConfig, UserError, require
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,20 @@ STRATEGIES = {
 }  # fmt: skip
 
 
+def world_size() -> int:
+    """Ranks of this run, as the launcher says; `session.start_ranks` checks that they are there."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched_strategy() -> Strategy:
     """The row that the launcher asked for, read from what accelerate and torchrun put in the environment.
 
     Raises UserError where the row asks for several ranks and one was started.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "RANK" not in os.environ:  # accelerate would start one process, which trains alone
+    num_ranks = world_size()
+    if num_ranks > 1 and "RANK" not in os.environ:  # accelerate would start one process, which trains alone
         raise UserError(
-            f"WORLD_SIZE {world_size}: set without RANK, so only this process was started; "
+            f"WORLD_SIZE {num_ranks}: set without RANK, so only this process was started; "
             "launch with accelerate launch or torchrun, or unset it"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -49,10 +54,23 @@ def launched_strategy() -> Strategy:
                 "accelerate config fsdp_version: 1: cannot shard int8 weights; "
                 "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
             )
-        if world_size == 1:
+        if num_ranks == 1:
             raise UserError(
                 "accelerate config num_processes: 1: fsdp shards over 2 ranks or more; "
                 "use accelerate_configs/single.yaml, or --num_processes N"
             )
         return STRATEGIES["fsdp"]
-    return STRATEGIES["ddp" if world_size > 1 else "single"]
+    return STRATEGIES["ddp" if num_ranks > 1 else "single"]
+
+
+def placement(strategy: Strategy, config: TrainConfig, *, num_layers: int, num_ranks: int) -> dict[str, int]:
+    """`load_base`'s shard_ranks and resident_layers. Raises UserError where --resident_layers cannot be had."""
+    resident = config.resident_layers
+    if strategy.base_per_rank == "whole":
+        require(resident == "0", "resident_layers", resident, f"has no effect under {strategy.name}: all are resident")
+        return {"shard_ranks": 1, "resident_layers": 0}
+    if resident == "all":
+        return {"shard_ranks": 1, "resident_layers": 0}
+    fits = int(resident) < num_layers
+    require(fits, "resident_layers", resident, f"the model has {num_layers} layers; give fewer, or all")
+    return {"shard_ranks": num_ranks, "resident_layers": int(resident)}

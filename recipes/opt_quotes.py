@@ -40,10 +40,10 @@ CONFIG = TrainConfig(
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
     from lora_dist.adapters import add_adapters, check_targets
-    from lora_dist.base_model import base_bytes, load_base, meta_model
+    from lora_dist.base_model import base_bytes, decoder_layers, load_base, meta_model
     from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
     from lora_dist.metrics import MetricsLog
-    from lora_dist.strategies import launched_strategy
+    from lora_dist.strategies import launched_strategy, placement, world_size
     from lora_dist.train import Training, complete, train
 
     # Where are we, and can this be trained at all?
@@ -51,7 +51,9 @@ def main(config: TrainConfig) -> None:
     config, decision = session.choose_defaults(
         config, gpu_model="facebook/opt-6.7b", gpu_dataset="Abirate/english_quotes"
     )
-    check_targets(meta_model(config.model_name_or_path, config.quantization), config)
+    skeleton, num_ranks = meta_model(config.model_name_or_path, config.quantization), world_size()
+    check_targets(skeleton, config)
+    place = placement(strategy, config, num_layers=len(decoder_layers(skeleton)), num_ranks=num_ranks)
 
     # Data: before the ranks meet, so that a slow disk is never a collective's time-out.
     tokenizer = load_tokenizer(config.model_name_or_path)
@@ -59,14 +61,12 @@ def main(config: TrainConfig) -> None:
 
     with session.open_session(config, recipe="opt_quotes") as (accelerator, folder):
         accelerator.print(decision)
-        ranks = accelerator.num_processes
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
         started = time.perf_counter()
         model = load_base(
             config.model_name_or_path, quantization=config.quantization, device=accelerator.device,
-            dtype=session.DTYPE_OF[accelerator.mixed_precision],
-            shard_ranks=ranks if strategy.base_per_rank == "1/N" else 1,
+            dtype=session.DTYPE_OF[accelerator.mixed_precision], **place,
         )  # fmt: skip
         base, load_s = base_bytes(model), time.perf_counter() - started
         model = add_adapters(model, config)
@@ -74,7 +74,7 @@ def main(config: TrainConfig) -> None:
         # Train
         micro_batches = MicroBatches(
             train_rows, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,
-            sequences=config.per_device_train_batch_size, per_step=config.gradient_accumulation_steps * ranks,
+            sequences=config.per_device_train_batch_size, per_step=config.gradient_accumulation_steps * num_ranks,
         )  # fmt: skip
         run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, folder, base)
         accelerator.print(session.banner(run, strategy))

@@ -21,19 +21,27 @@ MICRO_BATCHES_PER_STEP = 12
 CPU = torch.device("cpu")
 
 
-def _train_on_rank(rank, config, mixed_precision, sharded, folder, loss_scale=None):
-    """3 optimizer steps and an evaluation: (adapter sha256, loss and gradient norm of each step, evaluation)."""
+def _train_on_rank(rank, config, mixed_precision, resident_layers, folder, loss_scale=None):
+    """3 optimizer steps and an evaluation: (adapter sha256, loss and gradient norm of each step, evaluation).
+
+    `resident_layers`: of 4; "all" is a replicated base.
+    """
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     if loss_scale:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     num_ranks = accelerator.num_processes
     assert num_ranks == dist.get_world_size() and accelerator.process_index == rank
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
-    shard_ranks = num_ranks if sharded else 1
-    model = load_base("embedded", quantization=config.quantization, dtype=dtype, device=CPU, shard_ranks=shard_ranks)
+    place = (
+        {"shard_ranks": 1}
+        if resident_layers == "all"
+        else {"shard_ranks": num_ranks, "resident_layers": resident_layers}
+    )
+    model = load_base("embedded", quantization=config.quantization, dtype=dtype, device=CPU, **place)
     base = base_bytes(model)
-    assert bool(sharded_modules(model)) == (shard_ranks > 1)
-    assert base.per_rank < 1.1 * base.total / shard_ranks
+    assert len(sharded_modules(model)) == (0 if resident_layers == "all" else 4 - resident_layers + 1)
+    if resident_layers == 0:
+        assert base.per_rank < 1.1 * base.total / num_ranks
     model = add_adapters(model, config)
     tokenizer = load_tokenizer("embedded")
     rows, eval_rows = (tokenize(texts, tokenizer, 64) for texts in load_texts(config))
@@ -55,15 +63,15 @@ def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantizat
     config = dataclasses.replace(
         config, quantization=quantization, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05, max_steps=3
     )
-    placements = [(1, False), (2, False), (2, True), (3, True), (4, False), (4, True)]
+    placements = [(1, "all"), (2, "all"), (2, 0), (2, 2), (3, 0), (4, "all"), (4, 0), (4, 3)]
     if (quantization, mixed_precision) != ("int8", "bf16"):
-        placements = [(1, False), (2, True), (3, False)]  # 12 / 3 = 4 micro-batches, which start inside a subtree
+        placements = [(1, "all"), (2, 0), (3, 1)]  # 12 / 3 = 4 micro-batches, which start inside a subtree
     outcomes = {
-        (num_ranks, sharded): result
-        for num_ranks, sharded in placements
-        for result in run_ranks(_train_on_rank, num_ranks, config, mixed_precision, sharded, tmp_path)
+        (num_ranks, resident_layers): result
+        for num_ranks, resident_layers in placements
+        for result in run_ranks(_train_on_rank, num_ranks, config, mixed_precision, resident_layers, tmp_path)
     }
-    sha256, steps, evaluation = outcomes[1, False]
+    sha256, steps, evaluation = outcomes[1, "all"]
     assert all(norm > config.max_grad_norm for _, norm in steps) and steps[0][0] > steps[-1][0] and evaluation > 0
     assert {placement: result for placement, result in outcomes.items() if result != (sha256, steps, evaluation)} == {}
 
@@ -71,21 +79,21 @@ def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantizat
 def test_loss_scaling_as_for_fp16_changes_no_bit(config, tmp_path):
     """accelerate makes a scaler only on a GPU; the loop's use of it is the same here. 2**10 scales without rounding."""
     config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05)
-    plain = run_ranks(_train_on_rank, 2, config, "no", True, tmp_path)
-    assert run_ranks(_train_on_rank, 2, config, "no", True, tmp_path, 2.0**10) == plain
+    plain = run_ranks(_train_on_rank, 2, config, "no", 0, tmp_path)
+    assert run_ranks(_train_on_rank, 2, config, "no", 0, tmp_path, 2.0**10) == plain
 
 
 def test_a_scaled_gradient_that_overflows_skips_the_step_on_all_ranks(config, tmp_path):
     config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0)
-    untrained = run_ranks(_train_on_rank, 2, dataclasses.replace(config, learning_rate=1e-30), "no", True, tmp_path)
-    skipped = run_ranks(_train_on_rank, 2, config, "no", True, tmp_path, 2.0**127)
+    untrained = run_ranks(_train_on_rank, 2, dataclasses.replace(config, learning_rate=1e-30), "no", 0, tmp_path)
+    skipped = run_ranks(_train_on_rank, 2, config, "no", 0, tmp_path, 2.0**127)
     assert skipped[0][0] == skipped[1][0] and not any(math.isfinite(norm) for _, norm in skipped[0][1])
     assert skipped[0][2] == pytest.approx(untrained[0][2], abs=1e-12)  # the adapter is where it started
 
 
 def test_another_seed_gives_other_bytes(config, tmp_path):
     first, second = (
-        run_ranks(_train_on_rank, 2, dataclasses.replace(config, seed=seed), "no", True, tmp_path)[0] for seed in (1, 2)
+        run_ranks(_train_on_rank, 2, dataclasses.replace(config, seed=seed), "no", 0, tmp_path)[0] for seed in (1, 2)
     )
     assert first[0] != second[0]
 

@@ -5,55 +5,17 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from parity import CPU, load_unsharded, loss_and_gradients, randomize
 from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_dist.adapters import add_adapters, save_adapter, trainable_parameters, verify_adapter
+from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
 from lora_dist.base_model import base_bytes, decoder_layers, gathered_bytes, load_base, release, sharded_modules
 from lora_dist.data import collate, load_tokenizer
-from lora_dist.embedded import BASE_DIR
 from lora_dist.quantization import FrozenLinear, as_floats
-from lora_dist.train import summed_loss
 
-CPU = torch.device("cpu")
 QUANTIZATIONS = ["int8", "nf4", "none"]
-
-
-def load_unsharded(quantization: str, dtype: torch.dtype):
-    """What transformers and bitsandbytes make of the embedded base, without our code."""
-    bitsandbytes = {
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "nf4": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,  # its default is fp32; ours computes in the dtype of the input
-        ),
-        "none": None,
-    }[quantization]
-    return AutoModelForCausalLM.from_pretrained(
-        BASE_DIR, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes
-    )
-
-
-def loss_and_gradients(model):
-    """One training step's worth on a ragged batch, with dropout on, at a fixed seed."""
-    rows = [list(range(5, 5 + n)) for n in (30, 12, 21)]
-    batch = collate(rows, pad_token_id=1)
-    model.train()
-    torch.manual_seed(7)
-    logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
-    loss = summed_loss(logits, batch.labels_BT)
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
-
-
-def randomize(model):
-    """Give lora_A a gradient, which it lacks where lora_B is zero, and undo PEFT's rounding of 4-bit bases' lora_A."""
-    for index, param in enumerate(trainable_parameters(model).values()):
-        param.data.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
 
 
 def _step_on_rank(rank, config, quantization, dtype):
@@ -211,3 +173,35 @@ def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, qua
         # Each layer is gathered twice, the rest once, and nothing else moves: the formula, to the byte.
         layers = sum(base_bytes(layer).per_rank for layer in decoder_layers(alone))
         assert gathered == pytest.approx(2 * layers + (whole.total - layers), abs=4 * 2 * 2 * padding)
+
+
+def _gathered_on_rank(rank, config, resident_layers):
+    num_ranks = dist.get_world_size()
+    model = load_base(
+        "embedded", quantization="int8", dtype=torch.float32, device=CPU, shard_ranks=num_ranks,
+        resident_layers=resident_layers,
+    )  # fmt: skip
+    assert len(sharded_modules(model)) == 4 - resident_layers + 1
+    held = base_bytes(model)
+    model = add_adapters(model, config)
+    randomize(model)
+    steps = [loss_and_gradients(model) for _ in range(3)]  # three micro-batches
+    assert base_bytes(model) == held
+    return held.per_rank, gathered_bytes(model), steps
+
+
+@pytest.mark.parametrize("resident_layers", [0, 1, 3])
+def test_resident_layers_are_held_whole_and_never_gathered(config, resident_layers):
+    alone = load_base("embedded", quantization="int8", dtype=torch.float32, device=CPU, shard_ranks=1)
+    layer_bytes = [base_bytes(layer).total for layer in decoder_layers(alone)]
+    whole, layers = base_bytes(alone).total, sum(layer_bytes)
+    sharded = sum(layer_bytes[: 4 - resident_layers])
+    alone = add_adapters(alone, config)
+    randomize(alone)
+    loss, gradients = loss_and_gradients(alone)
+    for held, gathered, steps in run_ranks(_gathered_on_rank, 2, config, resident_layers):
+        assert held == (whole - layers + sharded) / 2 + (layers - sharded)
+        assert gathered == 3 * (whole - layers + 2 * sharded)  # micro-batches x (the rest + 2 x the sharded layers)
+        for step_loss, step_gradients in steps:
+            assert torch.equal(step_loss, loss)
+            assert all(torch.equal(step_gradients[name], value) for name, value in gradients.items())
