@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_dist.config import UserError
 from lora_dist.embedded import model_path
-from lora_dist.quantization import LINEAR_OF, FrozenLinear, as_integers
+from lora_dist.quantization import LINEAR_OF, FrozenLinear, NF4Linear, as_integers
 
 # Routers of experts and the like are small and stay as they are; below this share, something large was left out.
 LEAST_QUANTIZED_SHARE = 0.9
@@ -90,7 +90,8 @@ def pack_linears(model: PreTrainedModel, quantization: str) -> None:
         return
     keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, keep)}
-    smallest_of_type = {type(m): m for m in sorted(linears.values(), key=lambda m: -m.weight.numel())}
+    by_size = sorted(linears.values(), key=lambda m: m.weight.numel(), reverse=True)
+    smallest_of_type = {type(module): module for module in by_size}  # the last one of a type stays
     is_linear = {kind: kind is nn.Linear or _computes_linear(module) for kind, module in smallest_of_type.items()}
     for name, module in linears.items():
         if is_linear[type(module)]:
@@ -150,15 +151,12 @@ class FrozenQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model.requires_grad_(False)  # the loader made new parameters of those that are not sharded
+        for param in model.parameters():
+            if isinstance(param, DTensor):
+                _drop_whole_storage(param)
         for module in model.modules():
-            for name, param in module.named_parameters(recurse=False):
-                if isinstance(param, DTensor):
-                    _drop_whole_storage(param)
-                if model.is_loaded_in_4bit and name == "weight" and isinstance(module, FrozenLinear):
-                    param.compress_statistics, param.quant_type = (
-                        True,
-                        "nf4",
-                    )  # the loader replaced the parameter
+            if isinstance(module, NF4Linear):
+                module.mark_for_peft()  # again: the loader replaced the parameter
         return model
 
 

@@ -189,11 +189,17 @@ def _as_flags(settings: dict) -> list[str]:
 
 
 def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
-    """Entry point of a recipe: bad input is one line on rank 0 and exit code 2 on all ranks."""
+    """Entry point of a recipe: bad input is one line on rank 0 and exit code 2 on all ranks. Ends the process."""
     install_handlers()
+    code = 0
     try:
         main(parse_config(defaults, sys.argv[1:], description=description))
     except UserError as error:
+        code = 2
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            print(f"error: {error}", file=sys.stderr)
+    # Not sys.exit: gloo's threads drop the tensors of the last collective a moment after it, and where Python is
+    # already shutting down, taking its lock ends such a thread inside a destructor: SIGABRT after a finished run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -140,10 +140,11 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
             )
         super().__init__(in_features, out_features, bias, quant_type="nf4", compress_statistics=True, device="meta")
         self._make_parts()
-        self.weight.compress_statistics, self.weight.quant_type = (
-            True,
-            "nf4",
-        )  # PEFT reads them on the parameter
+        self.mark_for_peft()
+
+    def mark_for_peft(self) -> None:
+        """Put on the weight the attributes that PEFT reads of a bitsandbytes parameter."""
+        self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
 
     @staticmethod
     def part_shapes(out_features, in_features):

@@ -65,7 +65,7 @@ def bitsandbytes_parts(quantization, weight):
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks):
     model = load_unsharded(quantization, torch.float32)

@@ -116,6 +116,23 @@ def test_a_rank_that_dies_takes_the_others_along(tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.parametrize("raised, code", [("None", 0), ("UserError('--x 1: no')", 2)])
+def test_nothing_runs_after_a_recipe_is_done(tmp_path, raised, code):
+    """Python's shut-down races with gloo's threads and may end a finished run with SIGABRT: it must not begin."""
+    script = tmp_path / "recipe.py"
+    script.write_text(
+        "import atexit, os\n"
+        "from lora_dist.config import TrainConfig, UserError, run_recipe\n"
+        "def main(config):\n"
+        "    atexit.register(os.abort)\n"
+        "    print('trained')\n"
+        f"    if {raised}: raise {raised}\n"
+        "run_recipe(main, TrainConfig(), description='')\n"
+    )
+    done = launch("python", str(script))
+    assert (done.returncode, done.stdout) == (code, "trained\n"), done.stderr
+
+
 def test_help_names_every_flag_and_exits_0():
     done = launch("python", "recipes/opt_quotes.py", "--help")
     assert done.returncode == 0
