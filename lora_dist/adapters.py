@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_dist.base_model import release
-from lora_dist.config import TrainConfig, UserError
+from lora_dist.config import TrainConfig, UserError, require
 from lora_dist.data import MicroBatch, random_key
-from lora_dist.quantization import FrozenLinear
+from lora_dist.quantization import FrozenLinear, packed_weights
+from lora_dist.sharding import release
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -29,7 +29,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Raises UserError where a target module is not in the model."""
+    """Raises UserError where a module to adapt or to train whole is not in the model, or cannot be."""
     targets, names = config.lora_target_modules, linear_names(model)
     for target in targets:
         if target not in names and targets != ["all-linear"]:
@@ -37,6 +37,21 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
                 f"--lora_target_modules {target}: no such linear layer in {config.model_name_or_path}; "
                 f"it has {' '.join(names)}, or give all-linear"
             )
+    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    heads = {id(m): n for n, m in modules.items() if m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for name in config.modules_to_save or ():
+        require(name in modules, "modules_to_save", name, f"no such module; e.g. {' '.join(sorted(heads.values()))}")
+        packed = any(packed_weights(m) for m in modules[name].modules())
+        require(not packed, "modules_to_save", name, "is quantized, and only the unquantized can be trained whole")
+        tied = model.config.tie_word_embeddings and id(modules[name]) in heads
+        require(not tied, "modules_to_save", name, "is tied to another, which would stay as it is")
+
+
+def is_trained(config: TrainConfig, name: str) -> bool:
+    """Whether a parameter of the base, by its name, may be trained: such is kept whole on every rank."""
+    return (config.lora_bias != "none" and name.endswith("bias")) or bool(
+        set(config.modules_to_save or ()) & set(name.split("."))
+    )
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
@@ -44,10 +59,13 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     targets = config.lora_target_modules
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets, bias="none",
+        target_modules="all-linear" if targets == ["all-linear"] else targets, bias=config.lora_bias,
+        use_rslora=config.use_rslora, use_dora=config.use_dora, modules_to_save=config.modules_to_save,
     )  # fmt: skip
     torch.manual_seed(random_key(config.seed, "adapters") % 2**32)
     peft_model = get_peft_model(model, lora)
+    for param in trainable_parameters(peft_model).values():  # copies of modules to save are in the base's 16 bits
+        param.data = param.data.float()
     if config.gradient_checkpointing:
         # Non-reentrant: the inputs of a frozen layer need no gradient, which the reentrant form would require.
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -60,9 +78,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, counting the weights of a packed layer and not the numbers that encode them."""
-    packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    parts = {id(getattr(module, name)) for module in packed for name in module.part_names}
-    total = sum(module.in_features * module.out_features for module in packed)
+    packed = [(module, p) for module in model.modules() for p in packed_weights(module).values()]
+    parts = {id(part) for module, p in packed for part in p.parts(module)}
+    total = sum(torch.Size(p.shape).numel() for _, p in packed)
     total += sum(param.numel() for param in model.parameters() if id(param) not in parts)
     return sum(param.numel() for param in trainable_parameters(model).values()), total
 
@@ -115,15 +133,25 @@ def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, trained
     if trained and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
         raise RuntimeError(f"{folder}: every lora_B is zero: nothing was trained")
     live = _probe_logits(model, probe)
+    if model.peft_config["default"].bias != "none":  # PEFT has no second adapter then: load it over the live one
+        for param in trainable_parameters(model).values():
+            param.data.zero_()
+        set_peft_model_state_dict(model, saved)
+        reloaded = _probe_logits(model, probe)
+    else:
+        reloaded = _logits_of_second_adapter(model, folder, probe)
+    if not torch.equal(live, reloaded):
+        raise RuntimeError(f"{folder}: PEFT loads it to other logits, by up to {(live - reloaded).abs().max():.3g}")
+
+
+def _logits_of_second_adapter(model: PeftModel, folder: Path, probe: MicroBatch) -> torch.Tensor:
     model.load_adapter(str(folder), "reloaded")
     try:
         model.set_adapter("reloaded")
-        reloaded = _probe_logits(model, probe)
+        return _probe_logits(model, probe)
     finally:
         model.set_adapter("default")
         model.delete_adapter("reloaded")
-    if not torch.equal(live, reloaded):
-        raise RuntimeError(f"{folder}: PEFT loads it to other logits, by up to {(live - reloaded).abs().max():.3g}")
 
 
 @torch.no_grad()

@@ -1,63 +1,96 @@
 """Load a frozen base so that each rank reads, quantizes and holds only its own rows.
 
-transformers' loader does the reading. While the model is still on meta, our quantizer swaps the linears for the frozen
-ones and calls `fully_shard`; the loader then slices every DTensor parameter by itself and hands our rows to
-`QuantizeRows`. No rank ever sees the whole of a quantized weight.
+transformers' loader does the reading. While the model is still on meta, our quantizer swaps the weights for packed ones
+and shards them; the loader then slices every DTensor parameter by itself and hands our rows to `QuantizeRows`. No rank
+ever sees the whole of a quantized weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora_dist.config import UserError
+from lora_dist.config import UserError, require
 from lora_dist.embedded import model_path
-from lora_dist.quantization import LINEAR_OF, FrozenLinear, NF4Linear, as_integers
+from lora_dist.quantization import (
+    KIND_OF,
+    FrozenLinear,
+    NF4Linear,
+    as_integers,
+    experts_forward,
+    make_frozen_linear,
+    pack,
+    packed_weights,
+    read_bitsandbytes,
+)
+from lora_dist.sharding import decoder_layers, shard
+from lora_dist.strategies import Placement
+from lora_dist.weights import LazyTensor, open_weights, weight_files
 
 # Routers of experts and the like are small and stay as they are; below this share, something large was left out.
 LEAST_QUANTIZED_SHARE = 0.9
 
+ALL_EXPERTS_FUNCTIONS.register("frozen", experts_forward)
+
 
 @register_quantization_config("frozen")
 class FrozenConfig(QuantizationConfigMixin):
-    """quantization: int8, nf4 or none. shard_ranks: over how many ranks the base is spread; 1 keeps it whole.
+    """Carries what `load_base` was asked to its quantizer, through transformers' loader."""
 
-    resident_layers: how many decoder layers stay whole all the same.
-    """
-
-    def __init__(self, quantization: str = "int8", shard_ranks: int = 1, resident_layers: int = 0, **kwargs):
+    def __init__(self, load: "BaseLoad | None" = None, **kwargs):
         self.quant_method = "frozen"
-        self.quantization = quantization
-        self.shard_ranks = shard_ranks
-        self.resident_layers = resident_layers
+        self.load = load
+
+
+@dataclass
+class BaseLoad:
+    """One load of a base: what `load_base` was asked, and the tensors on disk."""
+
+    quantization: str
+    placement: Placement
+    device: torch.device
+    tensors: dict[str, LazyTensor]
+    skip_modules: list[str] | None  # of a checkpoint that is quantized already: what it left as it was
+    is_trained: Callable[[str], bool]
+
+    def __deepcopy__(self, memo):  # transformers copies configs
+        return self
 
 
 class QuantizeRows(ConversionOps):
     """Turns this rank's rows of one float weight into its rows of the packed parts."""
 
+    def __init__(self, device: torch.device):
+        self.device = device
+
     def convert(self, input_dict, model=None, **kwargs):
         ((name, rows),) = input_dict.items()
         rows = rows[0] if isinstance(rows, list) else rows
-        layer, _ = get_module_from_name(model, name)
-        group = layer.weight.device_mesh.get_group() if isinstance(layer.weight, DTensor) else None
-        parts = layer.quantize(rows, lambda local: _gather_rows(local, layer.out_features, group))
+        module, weight_name = get_module_from_name(model, name)
+        packed = packed_weights(module)[weight_name]
+        holder = getattr(module, packed.names[0])
+        group = holder.device_mesh.get_group() if isinstance(holder, DTensor) else None
+        parts = packed.kind.quantize(
+            rows.to(self.device), lambda local: _gather_rows(local, packed.shape[0], group)
+        )
         converted = {}
-        for part_name, part in zip(layer.part_names, parts, strict=True):
-            if part_name == "nested" and group is not None:  # computed whole on every rank: keep this rank's chunk
+        for part_name, part in zip(packed.names, parts, strict=True):
+            if part_name.endswith("_nested") and group is not None:  # whole on every rank: keep this rank's chunk
                 part = _own_chunk(part, group)
-            converted[f"{name.rpartition('.')[0]}.{part_name}"] = as_integers(part)
+            converted[f"{name.rpartition('.')[0]}.{part_name}"] = as_integers(part).to(rows.device)
         return converted
 
 
@@ -67,7 +100,8 @@ def _gather_rows(local: torch.Tensor, total: int, group: dist.ProcessGroup | Non
         return local, 0
     most = -(-total // group.size())  # torch.chunk's rule, which fully_shard follows
     counts = [max(0, min(most, total - most * rank)) for rank in range(group.size())]
-    padded = nn.functional.pad(local, (0, 0, 0, most - len(local)))
+    padded = local.new_zeros((most, *local.shape[1:]))
+    padded[: len(local)] = local
     rows = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(rows, padded, group=group)
     return torch.cat([r[:count] for r, count in zip(rows, counts, strict=True)]), sum(counts[: group.rank()])
@@ -78,27 +112,38 @@ def _own_chunk(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return part[most * group.rank() : most * (group.rank() + 1)].clone()
 
 
-def pack_linears(model: PreTrainedModel, quantization: str) -> None:
-    """Freeze a model on meta and swap its linears, the head excepted, for packed ones ("none": keep them).
+def pack_model(model: PreTrainedModel, quantization: str, skip_modules: list[str] | None = None) -> None:
+    """Freeze a model on meta and swap its linears and experts, the head excepted, for packed ones ("none": keep them).
 
-    Raises UserError where a good part of the layers' weights would stay unquantized: never skipped silently.
+    `skip_modules`: what a checkpoint that is quantized already says it left. Raises UserError where a good part of the
+    layers' weights would stay unquantized: never skipped silently.
     """
     model.requires_grad_(False)
     # PEFT chooses its bitsandbytes path by these.
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization == "nf4"
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization in ("nf4", "nf4_plain")
     if quantization == "none":
         return
-    keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, keep)}
-    by_size = sorted(linears.values(), key=lambda m: m.weight.numel(), reverse=True)
+    keep = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+    modules = {n: m for n, m in model.named_modules() if should_convert_module(n, keep)}
+    by_size = sorted((m for m in modules.values() if isinstance(m, nn.Linear)), key=lambda m: -m.weight.numel())
     smallest_of_type = {type(module): module for module in by_size}  # the last one of a type stays
     is_linear = {kind: kind is nn.Linear or _computes_linear(module) for kind, module in smallest_of_type.items()}
-    for name, module in linears.items():
-        if is_linear[type(module)]:
-            frozen = LINEAR_OF[quantization](module.in_features, module.out_features, module.bias is not None)
+    for name, module in modules.items():
+        if isinstance(module, Conv1D):
+            frozen = make_frozen_linear(quantization, *module.weight.shape, module.bias is not None)
+            frozen.stored_transposed = True
             model.set_submodule(name, frozen)
+        elif is_linear.get(type(module)):
+            has_bias = module.bias is not None
+            frozen = make_frozen_linear(quantization, module.in_features, module.out_features, has_bias)
+            model.set_submodule(name, frozen)
+        elif _has_plain_experts(module):
+            for weight_name, param in list(module.named_parameters(recurse=False)):
+                if param.dim() == 3:
+                    pack(module, weight_name, KIND_OF[quantization], tuple(param.shape))
+            model.set_experts_implementation("frozen")
     share, left = quantized_share(model)
-    if share < LEAST_QUANTIZED_SHARE:
+    if share < LEAST_QUANTIZED_SHARE and skip_modules is None:
         raise UserError(
             f"--quantization {quantization}: only {share:.0%} of the layers' weights of a {model.config.model_type} "
             f"can be quantized, not {' '.join(sorted(left))}; use none"
@@ -115,15 +160,38 @@ def _computes_linear(module: nn.Linear) -> bool:
         return torch.allclose(torch.func.functional_call(module, params, (x,)), expected, rtol=1e-4, atol=1e-3)
 
 
+def _has_plain_experts(module: nn.Module) -> bool:
+    """Whether a module follows transformers' experts interface, with each expert's weight as (O, I)."""
+    interface = vars(module)
+    return interface.get("is_transposed") is False and not interface["has_post_expert_norm"]
+
+
 def quantized_share(model: nn.Module) -> tuple[float, set[str]]:
     """Of the frozen matrices inside the decoder layers: the share that is packed, and the names of the others."""
-    packed, left = 0, {}
+    num_packed, left = 0, {}
     for layer in decoder_layers(model):
-        packed += sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, FrozenLinear))
+        num_packed += sum(torch.Size(p.shape).numel() for m in layer.modules() for p in packed_weights(m).values())
         for name, param in layer.named_parameters():
             if param.dim() >= 2 and param.is_floating_point() and not param.requires_grad:
                 left[name] = left.get(name, 0) + param.numel()
-    return packed / (packed + sum(left.values())), set(left)
+    return num_packed / (num_packed + sum(left.values())), set(left)
+
+
+def keep_norms_in_fp32(model: nn.Module) -> None:
+    """Hold the parameters of norms in fp32, as PEFT's `prepare_model_for_kbit_training` does.
+
+    A norm still answers in the dtype it was asked in, so activations stay in 16 bit. So do embeddings, heads and the
+    biases of linears: their fp32 copies would hold the same numbers, and be rounded to 16 bit before each use.
+    """
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 1 and weight.is_floating_point() and weight.dtype != torch.float32:
+            module.float()
+            module.register_forward_hook(_answer_in_dtype_of_input, with_kwargs=True)
+
+
+def _answer_in_dtype_of_input(module, args, kwargs, output):
+    return output.to((*args, *kwargs.values())[0].dtype)
 
 
 @register_quantizer("frozen")
@@ -135,82 +203,44 @@ class FrozenQuantizer(HfQuantizer):
         return False
 
     def param_needs_quantization(self, model, param_name, **kwargs):
-        layer, part_name = get_module_from_name(model, param_name)
-        return isinstance(layer, FrozenLinear) and part_name != "bias"
+        module, weight_name = get_module_from_name(model, param_name)
+        return self.quantization_config.load.skip_modules is None and weight_name in packed_weights(module)
 
     def get_quantize_ops(self):
-        return QuantizeRows()
+        return QuantizeRows(self.quantization_config.load.device)
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         """The model is on meta: swap the linears, tie, then shard."""
-        pack_linears(model, self.quantization_config.quantization)
+        load = self.quantization_config.load
+        pack_model(model, load.quantization, load.skip_modules)
         if model.config.tie_word_embeddings:  # not tied yet here: the root group would gather the embedding twice
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
-        if self.quantization_config.shard_ranks > 1:
-            shard(model, self.quantization_config.shard_ranks, self.quantization_config.resident_layers)
+        keep_norms_in_fp32(model)
+        _transpose(model, load)
+        if load.placement.shard_ranks > 1:
+            trained = {param for name, param in model.named_parameters() if load.is_trained(name)}
+            shard(model, load.placement, load.device, trained)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model.requires_grad_(False)  # the loader made new parameters of those that are not sharded
-        for param in model.parameters():
-            if isinstance(param, DTensor):
-                _drop_whole_storage(param)
         for module in model.modules():
             if isinstance(module, NF4Linear):
                 module.mark_for_peft()  # again: the loader replaced the parameter
         return model
 
 
-def _drop_whole_storage(param: DTensor) -> None:
-    """On CPU a slice that needed no conversion is a view that keeps the whole tensor alive: copy it."""
-    local = param._local_tensor
-    if local.untyped_storage().nbytes() > local.nbytes:
-        param._local_tensor = local.clone()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are sharded, gathered and recomputed one at a time: transformers' checkpointing layers."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(
-            f"model type {model.config.model_type}: transformers marks no checkpointing layers in it, "
-            "so it cannot be sharded layer by layer"
-        )
-    return layers
-
-
-class CountingAllGather:
-    """FSDP's default all-gather, counting the bytes it produces. One instance serves all layers of a model."""
-
-    def __init__(self):
-        self.num_bytes = 0
-
-    def allocate(self, size, *, dtype, device):
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(self, output_tensor, input_tensor, group, async_op=False):
-        self.num_bytes += output_tensor.nbytes
-        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-def shard(model: PreTrainedModel, shard_ranks: int, resident_layers: int) -> None:
-    """Spread what is outside the decoder layers, and each layer but the last `resident_layers`, over `shard_ranks`.
-
-    The last ones are the residents because memory peaks at the head, where a gathered layer would come on top.
-    """
-    # One dimension named "fsdp": PEFT takes any other name for tensor parallelism and builds LoRA for the local rows.
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (shard_ranks,), mesh_dim_names=("fsdp",))
-    layers, model_class = decoder_layers(model), type(model)
-    num_sharded = len(layers) - resident_layers
-    for layer in layers[:num_sharded]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params={p for layer in layers[num_sharded:] for p in layer.parameters()})
-    # fully_shard made a class of its own of it, which transformers takes for custom code, whose checkpoints it renames
-    # no weights of: GPT-NeoX's head would silently stay random.
-    type(model).__name__, type(model).__module__ = model_class.__name__, model_class.__module__
-    counter = CountingAllGather()
-    for module in sharded_modules(model):
-        module.set_custom_all_gather(counter)
-        module.all_gather = counter
+def _transpose(model: PreTrainedModel, load: BaseLoad) -> None:
+    """Present the float weights of GPT-2's Conv1D, which are (I, O) on disk, as (O, I)."""
+    wanted = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, FrozenLinear) and m.stored_transposed}
+    if not wanted or load.skip_modules is not None:
+        return
+    mapping, names = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    for stored_name, tensor in load.tensors.items():
+        name, _ = rename_source_key(stored_name, renamings, converters, model.base_model_prefix, names)
+        if name in wanted:
+            load.tensors[stored_name] = tensor.transposed()
 
 
 def load_base(
@@ -219,32 +249,73 @@ def load_base(
     quantization: str,
     dtype: torch.dtype,
     device: torch.device,
-    shard_ranks: int,
-    resident_layers: int = 0,
+    placement: Placement,
+    is_trained: Callable[[str], bool] = lambda name: False,
 ) -> PreTrainedModel:
-    """The frozen base, spread over `shard_ranks` ranks, or whole where that is 1. `dtype`: of what is not quantized.
+    """The frozen base, placed as `placement` says. `dtype`: of what is neither quantized nor in a norm.
 
-    `resident_layers` decoder layers stay whole on every rank and are never gathered.
-    Raises UserError where there is no such model, or it cannot be quantized or sharded. Collective.
+    `is_trained` says of a parameter's name whether it will be trained: such stay whole on each rank. A checkpoint that
+    bitsandbytes quantized is taken as it is. Raises UserError where there is no such model, or it cannot be quantized
+    or sharded. Collective.
     """
     config = load_model_config(name)
-    if getattr(config, "layerdrop", 0) and shard_ranks > 1:  # ranks would skip different layers, gathers mismatch
+    if getattr(config, "layerdrop", 0) and placement.shard_ranks > 1:  # ranks would skip different layers
         raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs 0")
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        model_path(name), config=config, dtype=dtype, device_map={"": device}, output_loading_info=True,
-        quantization_config=FrozenConfig(quantization, shard_ranks, resident_layers),
+    skip_modules = skipped_modules(name, config, quantization)
+    load = BaseLoad(
+        quantization, placement, device, read_bitsandbytes(open_weights(weight_files(name))), skip_modules, is_trained
+    )
+    model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, dtype=dtype, device_map={"": "cpu" if placement.offload else device},
+        state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
     )  # fmt: skip
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"--model_name_or_path {name}: its checkpoint lacks {' '.join(missing[:4])}")
+    if placement.offload:  # what is not sharded computes where it lies
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
+    model.config.name_or_path = model.name_or_path = model_path(name)
+    del model.config.quantization_config
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
+    except OSError:
+        pass  # many have none; transformers made one from the model's config
     return model
 
 
-def meta_model(name: str, quantization: str) -> PreTrainedModel:
+def skipped_modules(name: str, config, quantization: str) -> list[str] | None:
+    """What a checkpoint that is quantized already left as it was; None where the checkpoint is not quantized.
+
+    Takes the entry out of `config`: transformers would bring bitsandbytes' own quantizer. Raises UserError where it is
+    not quantized as `quantization` says.
+    """
+    stored = vars(config).pop("quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = "another format"
+    if stored.get("load_in_8bit"):
+        kind = "int8"
+    elif stored.get("load_in_4bit"):
+        kind = "nf4" if stored.get("bnb_4bit_use_double_quant") else "nf4_plain"
+    require(
+        kind == quantization, "quantization", quantization,
+        f"{name} is quantized already, as {kind}; " + ("give that" if kind in KIND_OF else "take the unquantized model"),
+    )  # fmt: skip
+    return stored.get("llm_int8_skip_modules") or []
+
+
+def meta_model(name: str, quantization: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base as `load_base` will make it, without its weights: to check and count before anything is read."""
+    config = load_model_config(name)
+    require(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, "model_name_or_path", name, "is not a causal language model")
+    skip_modules = skipped_modules(name, config, quantization)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(name))
-    pack_linears(model, quantization)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    pack_model(model, quantization, skip_modules)
+    keep_norms_in_fp32(model)
     return model
 
 
@@ -277,7 +348,7 @@ class BaseBytes:
 def base_bytes(model: nn.Module) -> BaseBytes:
     """Counts storages as they are now; call it while nothing is gathered (after loading, or after `reshard`)."""
     total = per_rank = quantized_total = quantized_per_rank = 0
-    quantized = {id(getattr(m, part)) for m in model.modules() if isinstance(m, FrozenLinear) for part in m.part_names}
+    quantized = {id(part) for m in model.modules() for packed in packed_weights(m).values() for part in packed.parts(m)}
     for param in model.parameters():  # tied parameters come once
         if param.requires_grad:
             continue
@@ -287,18 +358,3 @@ def base_bytes(model: nn.Module) -> BaseBytes:
         if id(param) in quantized:
             quantized_total, quantized_per_rank = quantized_total + param.nbytes, quantized_per_rank + held
     return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)
-
-
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def gathered_bytes(model: nn.Module) -> int:
-    """All-gather output bytes on this rank since loading; 0 where nothing is sharded."""
-    return next((module.all_gather.num_bytes for module in sharded_modules(model)), 0)
-
-
-def release(model: nn.Module) -> None:
-    """Free what FSDP keeps gathered after a forward without backward (the root group, after evaluation)."""
-    for module in sharded_modules(model):
-        module.reshard()

@@ -45,11 +45,30 @@ class TrainConfig:
     )
     max_length: int = setting(512, "Longest row in tokens; longer ones are cut.")
 
-    quantization: Literal["int8", "nf4", "none"] = setting(
-        "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization, or as it is."
+    quantization: Literal["int8", "nf4", "nf4_plain", "none"] = setting(
+        "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization or without, or as it is."
+    )
+    quantized_cache: str | None = setting(
+        None,
+        "Directory for the quantized base: written by the first start, read by the next on any number of ranks.",
     )
     resident_layers: str = setting(
-        "0", "fsdp: decoder layers that stay whole on each rank and are never gathered: a number, or all."
+        "0",
+        "fsdp: decoder layers that stay whole on each rank and are never gathered: a number, all, or auto for as many "
+        "as the memory allows.",
+    )
+    shard_size: int | None = setting(
+        None,
+        "fsdp: ranks that hold one copy of the base together; the others hold further copies. "
+        "Default: the ranks of a node, so that the base never crosses nodes.",
+    )
+    memory_budget_gib: float | None = setting(
+        None, "For --resident_layers auto: memory of each rank to plan with. Default: what is free on the device."
+    )
+    gather_once: bool = setting(
+        False,
+        "fsdp: keep what is gathered until the optimizer step, one gather a step instead of two a micro-batch; takes "
+        "the memory of the whole packed base meanwhile.",
     )
     gradient_checkpointing: bool = setting(
         True, "Recompute each layer's activations in backward instead of keeping them."
@@ -60,6 +79,17 @@ class TrainConfig:
     lora_dropout: float = setting(0.05, "Dropout on the adapters' input.")
     lora_target_modules: list[str] = setting(
         ["q_proj", "v_proj"], "Names of the linear layers that get an adapter, or all-linear."
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = setting(
+        "none", "Which biases of the base are trained too: none, all, or those of the adapted layers."
+    )
+    use_rslora: bool = setting(False, "Rank-stabilized LoRA: scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = setting(False, "DoRA: train the length of each weight's rows beside the adapters.")
+    modules_to_save: list[str] | None = setting(
+        None, "Names of modules, such as lm_head, that are trained whole and saved with the adapter."
+    )
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+: learning rate of lora_B as a multiple of lora_A's, e.g. 16."
     )
 
     per_device_train_batch_size: int = setting(4, "Sequences per micro-batch.")
@@ -89,15 +119,20 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
-                     "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit"):  # fmt: skip
+                     "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit", "shard_size"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        resident = self.resident_layers
-        require(resident == "all" or resident.isdigit(), "resident_layers", resident, "must be a number, or all")
+        resident, budget, ratio = self.resident_layers, self.memory_budget_gib, self.loraplus_lr_ratio
+        valid = resident in ("all", "auto") or resident.isdigit()
+        require(valid, "resident_layers", resident, "must be a number, all or auto")
+        require(budget is None or budget > 0, "memory_budget_gib", budget, "must be above 0")
+        auto = resident == "auto"
+        require(budget is None or auto, "memory_budget_gib", budget, "has no effect without --resident_layers auto")
+        require(ratio is None or ratio > 0, "loraplus_lr_ratio", ratio, "must be above 0, e.g. 16")
         require(
             0 < self.learning_rate < 1,
             "learning_rate",

@@ -45,8 +45,8 @@ def choose_defaults(config: TrainConfig, *, gpu_model: str, gpu_dataset: str) ->
     ), f"base: {model}, data: {dataset} ({why})"
 
 
-def start_ranks() -> Accelerator:
-    """Join the process group the launcher described, gloo where there is no GPU. Raises UserError where it is odd."""
+def base_dtype() -> torch.dtype:
+    """Of what is not quantized, by the launcher's mixed precision. Raises UserError where that cannot be had."""
     on_gpu = torch.cuda.is_available()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPE_OF or (precision == "fp16" and not on_gpu):
@@ -55,6 +55,12 @@ def start_ranks() -> Accelerator:
             f"accelerate config mixed_precision: {precision}: "
             f"cannot be had {'here' if on_gpu else 'without a GPU'}; use {works}"
         )
+    return DTYPE_OF[precision]
+
+
+def start_ranks() -> Accelerator:
+    """Join the process group the launcher described, gloo where there is no GPU. Raises UserError where it is odd."""
+    on_gpu = torch.cuda.is_available()
     if not on_gpu:  # bits depend on the thread count, so it must not depend on the launcher
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.config import UserError
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,16 @@ class Strategy:
     summary: str
     base_per_rank: Literal["whole", "1/N"]
     traffic_per_step: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the bytes of the frozen base lie. Under every placement the training is the same, bit for bit."""
+
+    shard_ranks: int = 1  # ranks that hold one copy of the base together; 1: each holds all of it
+    resident_layers: int = 0  # decoder layers, the last ones, that stay whole on each rank all the same
+    offload: bool = False  # the shards lie in host memory
+    gather_once: bool = False  # what is gathered stays until the optimizer step
 
 
 STRATEGIES = {
@@ -54,6 +64,16 @@ def launched_strategy() -> Strategy:
                 "accelerate config fsdp_version: 1: cannot shard int8 weights; "
                 "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
             )
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+            raise UserError(
+                "accelerate config parallelism_config: accelerate takes it on GPUs alone; "
+                "leave it out, and give --shard_size N to shard over N ranks and replicate over the others"
+            )
+        if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
+            raise UserError(
+                "accelerate config fsdp_reshard_after_forward: false: has no effect here; set true, "
+                "and keep layers whole with --resident_layers N, or until the step with --gather_once true"
+            )
         if num_ranks == 1:
             raise UserError(
                 "accelerate config num_processes: 1: fsdp shards over 2 ranks or more; "
@@ -63,14 +83,6 @@ def launched_strategy() -> Strategy:
     return STRATEGIES["ddp" if num_ranks > 1 else "single"]
 
 
-def placement(strategy: Strategy, config: TrainConfig, *, num_layers: int, num_ranks: int) -> dict[str, int]:
-    """`load_base`'s shard_ranks and resident_layers. Raises UserError where --resident_layers cannot be had."""
-    resident = config.resident_layers
-    if strategy.base_per_rank == "whole":
-        require(resident == "0", "resident_layers", resident, f"has no effect under {strategy.name}: all are resident")
-        return {"shard_ranks": 1, "resident_layers": 0}
-    if resident == "all":
-        return {"shard_ranks": 1, "resident_layers": 0}
-    fits = int(resident) < num_layers
-    require(fits, "resident_layers", resident, f"the model has {num_layers} layers; give fewer, or all")
-    return {"shard_ranks": num_ranks, "resident_layers": int(resident)}
+def offload_asked() -> bool:
+    """`fsdp_offload_params` of the accelerate config."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"

@@ -15,17 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from lora_dist import preemption
 from lora_dist.adapters import check_identical, save_adapter, trainable_parameters, verify_adapter
-from lora_dist.base_model import BaseBytes, gathered_bytes, release
+from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig
 from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
 from lora_dist.metrics import MetricsLog
 from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.run_folder import RunFolder, write_manifest
+from lora_dist.sharding import gathered_bytes, release
 
 
 @dataclass
@@ -46,9 +48,14 @@ class Training:
     def __post_init__(self):
         self.num_steps = self.config.max_steps or self.micro_batches.num_steps
         self.params = list(trainable_parameters(self.model).values())
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
-        )
+        config = self.config
+        if config.loraplus_lr_ratio is None:
+            self.optimizer = torch.optim.AdamW(self.params, lr=config.learning_rate, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = create_loraplus_optimizer(
+                self.model, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio,
+                loraplus_weight_decay=config.weight_decay,
+            )  # fmt: skip
         self.scheduler = get_scheduler(
             self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps
         )
@@ -101,6 +108,7 @@ def train_step(run: Training, step: int) -> StepResult:
         leaf = flatten_gradients(run.params, [loss.item(), *extras], num_ranks)
         if turn < len(mine):  # else a spare turn: thrown away
             tree.add(0, index, leaf)
+    release(run.model)  # under --gather_once all of it is whole until here
     flat = tree_reduce(tree)
     numel = sum(p.numel() for p in run.params)
     loss_sum, num_trained, num_tokens, num_positions, num_stops = flat[numel : numel + 5].tolist()

@@ -13,6 +13,7 @@ Expect, with the embedded base on 2 CPU ranks: held-out perplexity from about 12
 """
 
 import time
+from functools import partial
 
 from lora_dist.config import TrainConfig, run_recipe
 
@@ -39,11 +40,12 @@ CONFIG = TrainConfig(
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.adapters import add_adapters, check_targets
-    from lora_dist.base_model import base_bytes, decoder_layers, load_base, meta_model
+    from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained
+    from lora_dist.base_model import base_bytes, load_base, meta_model
     from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
     from lora_dist.metrics import MetricsLog
-    from lora_dist.strategies import launched_strategy, placement, world_size
+    from lora_dist.placement import choose_placement, agree
+    from lora_dist.strategies import launched_strategy, world_size
     from lora_dist.train import Training, complete, train
 
     # Where are we, and can this be trained at all?
@@ -51,9 +53,10 @@ def main(config: TrainConfig) -> None:
     config, decision = session.choose_defaults(
         config, gpu_model="facebook/opt-6.7b", gpu_dataset="Abirate/english_quotes"
     )
-    skeleton, num_ranks = meta_model(config.model_name_or_path, config.quantization), world_size()
+    dtype, num_ranks = session.base_dtype(), world_size()
+    skeleton = meta_model(config.model_name_or_path, config.quantization, dtype)
     check_targets(skeleton, config)
-    place = placement(strategy, config, num_layers=len(decoder_layers(skeleton)), num_ranks=num_ranks)
+    placement = choose_placement(strategy, config, skeleton, num_ranks=num_ranks, dtype=dtype)
 
     # Data: before the ranks meet, so that a slow disk is never a collective's time-out.
     tokenizer = load_tokenizer(config.model_name_or_path)
@@ -65,11 +68,12 @@ def main(config: TrainConfig) -> None:
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
         started = time.perf_counter()
         model = load_base(
-            config.model_name_or_path, quantization=config.quantization, device=accelerator.device,
-            dtype=session.DTYPE_OF[accelerator.mixed_precision], **place,
+            config.model_name_or_path, quantization=config.quantization, dtype=dtype, device=accelerator.device,
+            placement=agree(placement, accelerator.device), is_trained=partial(is_trained, config),
         )  # fmt: skip
         base, load_s = base_bytes(model), time.perf_counter() - started
         model = add_adapters(model, config)
+        check_identical(model, accelerator.device)
 
         # Train
         micro_batches = MicroBatches(

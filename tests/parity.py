@@ -1,11 +1,15 @@
 """What the sharded base is compared with: bitsandbytes and PEFT on one process."""
 
+import bitsandbytes.functional as F
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_dist.adapters import trainable_parameters
+from lora_dist.base_model import keep_norms_in_fp32, load_base
 from lora_dist.data import collate
 from lora_dist.embedded import BASE_DIR
+from lora_dist.strategies import Placement
 from lora_dist.train import summed_loss
 
 CPU = torch.device("cpu")
@@ -13,19 +17,39 @@ CPU = torch.device("cpu")
 
 def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR):
     """What transformers and bitsandbytes make of a base, without our code."""
-    bitsandbytes = {
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "nf4": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,  # its default is fp32; ours computes in the dtype of the input
-        ),
-        "none": None,
-    }[quantization]
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes
-    )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes_config(quantization, dtype),
+        experts_implementation="eager",
+    )  # fmt: skip
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            if param.dim() == 3 and quantization != "none":  # experts, which bitsandbytes' integration leaves
+                setattr(module, name, torch.nn.Parameter(there_and_back(param.data, quantization), requires_grad=False))
+    keep_norms_in_fp32(model)
+    for name, param in AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters():
+        if model.get_parameter(name).dtype == torch.float32:  # as the checkpoint has norms: not rounded on the way
+            model.get_parameter(name).data = param.data
+    return model
+
+
+def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=quantization == "nf4",
+        bnb_4bit_compute_dtype=dtype,  # its default is fp32; ours computes in the dtype of the input
+    )  # fmt: skip
+
+
+def there_and_back(experts: torch.Tensor, quantization: str) -> torch.Tensor:
+    """Experts (E, O, I), quantized whole by bitsandbytes' public functions, and dequantized."""
+    if quantization == "int8":
+        codes, scale, _ = F.int8_vectorwise_quant(experts.half().flatten(0, 1))
+        return (codes.to(experts.dtype) * scale.unsqueeze(1).mul(1.0 / 127.0)).to(experts.dtype).view(experts.shape)
+    codes, state = F.quantize_4bit(experts, quant_type="nf4", compress_statistics=quantization == "nf4")
+    return F.dequantize_4bit(codes, state)
 
 
 def loss_and_gradients(model):
@@ -45,3 +69,11 @@ def randomize(model):
     """Give lora_A a gradient, which it lacks where lora_B is zero, and undo PEFT's rounding of 4-bit bases' lora_A."""
     for index, param in enumerate(trainable_parameters(model).values()):
         param.data.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
+
+
+def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", **placement):
+    """Ours, over all ranks unless `placement` says otherwise."""
+    placement = {"shard_ranks": dist.get_world_size() if dist.is_initialized() else 1} | placement
+    return load_base(
+        str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement)
+    )

@@ -8,17 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from parity import CPU, load_sharded
 from ranks import launch_recipe, run_ranks
 from safetensors.torch import load_file
 
 from lora_dist.adapters import add_adapters, check_identical, fingerprint
-from lora_dist.base_model import base_bytes, load_base, sharded_modules
+from lora_dist.base_model import base_bytes
 from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
 from lora_dist.run_folder import RunFolder
+from lora_dist.sharding import sharded_modules
 from lora_dist.train import Training, evaluate, train_step
 
 MICRO_BATCHES_PER_STEP = 12
-CPU = torch.device("cpu")
 
 
 def _train_on_rank(rank, config, mixed_precision, resident_layers, folder, loss_scale=None):
@@ -32,12 +33,8 @@ def _train_on_rank(rank, config, mixed_precision, resident_layers, folder, loss_
     num_ranks = accelerator.num_processes
     assert num_ranks == dist.get_world_size() and accelerator.process_index == rank
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
-    place = (
-        {"shard_ranks": 1}
-        if resident_layers == "all"
-        else {"shard_ranks": num_ranks, "resident_layers": resident_layers}
-    )
-    model = load_base("embedded", quantization=config.quantization, dtype=dtype, device=CPU, **place)
+    placement = {"shard_ranks": 1} if resident_layers == "all" else {"resident_layers": resident_layers}
+    model = load_sharded(config.quantization, dtype, **placement)
     base = base_bytes(model)
     assert len(sharded_modules(model)) == (0 if resident_layers == "all" else 4 - resident_layers + 1)
     if resident_layers == 0:

@@ -5,21 +5,22 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from parity import CPU, load_unsharded, loss_and_gradients, randomize
+from parity import CPU, load_sharded, load_unsharded, loss_and_gradients, randomize
 from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
-from lora_dist.base_model import base_bytes, decoder_layers, gathered_bytes, load_base, release, sharded_modules
+from lora_dist.base_model import base_bytes
 from lora_dist.data import collate, load_tokenizer
-from lora_dist.quantization import FrozenLinear, as_floats
+from lora_dist.quantization import KIND_OF, FrozenLinear, as_floats, packed_weights
+from lora_dist.sharding import decoder_layers, gathered_bytes, release, sharded_modules
 
-QUANTIZATIONS = ["int8", "nf4", "none"]
+QUANTIZATIONS = [*KIND_OF, "none"]
 
 
 def _step_on_rank(rank, config, quantization, dtype):
-    model = load_base("embedded", quantization=quantization, dtype=dtype, device=CPU, shard_ranks=dist.get_world_size())
+    model = load_sharded(quantization, dtype)
     sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
     assert len(sharded) == len(list(model.parameters()))  # nothing is left whole
     model = add_adapters(model, config)
@@ -43,14 +44,17 @@ def test_loss_and_adapter_gradients_equal_bitsandbytes_and_peft(config, quantiza
 
 
 def _gathered_parts_on_rank(rank, quantization):
-    model = load_base(
-        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
-    )
+    model = load_sharded(quantization)
     return {
-        name: [as_floats(getattr(module, part).full_tensor()) for part in module.part_names]
+        name: [as_floats(whole(part)) for part in packed_weights(module)["weight"].parts(module)]
         for name, module in model.named_modules()
         if isinstance(module, FrozenLinear)
     }
+
+
+def whole(part):
+    assert isinstance(part, DTensor) == (dist.get_world_size() > 1)
+    return part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def bitsandbytes_parts(quantization, weight):
@@ -58,15 +62,12 @@ def bitsandbytes_parts(quantization, weight):
         return [weight.CB, weight.SCB]
     state = weight.quant_state
     rows = state.shape[0]
-    return [
-        weight.data.view(rows, -1),
-        state.absmax.view(rows, -1),
-        torch.cat([state.offset.view(1), state.state2.absmax]),
-    ]
+    parts = [weight.data.view(rows, -1), state.absmax.view(rows, -1)]
+    return [*parts, torch.cat([state.offset.view(1), state.state2.absmax])] if quantization == "nf4" else parts
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("quantization", KIND_OF)
 def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks):
     model = load_unsharded(quantization, torch.float32)
     expected = {
@@ -92,9 +93,7 @@ def _probe_logits(model):
 
 
 def _save_on_rank(rank, config, quantization, folder):
-    model = load_base(
-        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
-    )
+    model = load_sharded(quantization)
     model = add_adapters(model, config)
     randomize(model)
     if rank == 0:
@@ -132,9 +131,7 @@ def frozen_of(module):
 
 
 def _bytes_on_rank(rank, config, quantization):
-    model = load_base(
-        "embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=dist.get_world_size()
-    )
+    model = load_sharded(quantization)
     loaded = base_bytes(model)
     assert gathered_layers(model) == 0
     model = add_adapters(model, config)
@@ -154,7 +151,7 @@ def _bytes_on_rank(rank, config, quantization):
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, quantization):
-    alone = load_base("embedded", quantization=quantization, dtype=torch.float32, device=CPU, shard_ranks=1)
+    alone = load_sharded(quantization)
     whole = base_bytes(alone)
     assert whole.per_rank == whole.total and not sharded_modules(alone)
     for loaded, held, seen, after_step, gathered in run_ranks(_bytes_on_rank, 2, config, quantization):
@@ -176,11 +173,7 @@ def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, qua
 
 
 def _gathered_on_rank(rank, config, resident_layers):
-    num_ranks = dist.get_world_size()
-    model = load_base(
-        "embedded", quantization="int8", dtype=torch.float32, device=CPU, shard_ranks=num_ranks,
-        resident_layers=resident_layers,
-    )  # fmt: skip
+    model = load_sharded("int8", resident_layers=resident_layers)
     assert len(sharded_modules(model)) == 4 - resident_layers + 1
     held = base_bytes(model)
     model = add_adapters(model, config)
@@ -192,7 +185,7 @@ def _gathered_on_rank(rank, config, resident_layers):
 
 @pytest.mark.parametrize("resident_layers", [0, 1, 3])
 def test_resident_layers_are_held_whole_and_never_gathered(config, resident_layers):
-    alone = load_base("embedded", quantization="int8", dtype=torch.float32, device=CPU, shard_ranks=1)
+    alone = load_sharded("int8")
     layer_bytes = [base_bytes(layer).total for layer in decoder_layers(alone)]
     whole, layers = base_bytes(alone).total, sum(layer_bytes)
     sharded = sum(layer_bytes[: 4 - resident_layers])

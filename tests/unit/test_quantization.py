@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig, OPTForCausalLM
 
 from lora_dist.adapters import add_adapters, linear_names, parameter_counts
-from lora_dist.base_model import pack_linears
+from lora_dist.base_model import pack_model
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.quantization import LINEAR_OF, FrozenLinear, as_integers
+from lora_dist.quantization import KIND_OF, FrozenLinear, as_integers, make_frozen_linear, packed_weights
 
 OPT_6_7B = OPTConfig(
     hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32
@@ -19,19 +19,23 @@ OPT_6_7B = OPTConfig(
 
 
 def pack(quantization: str, linear: nn.Linear) -> FrozenLinear:
-    packed = LINEAR_OF[quantization](linear.in_features, linear.out_features, bias=True)
-    parts = packed.quantize(linear.weight.data, lambda rows: (rows, 0))
-    for name, part in zip(packed.part_names, parts, strict=True):
-        setattr(packed, name, nn.Parameter(as_integers(part), requires_grad=False))
-    packed.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    return packed
+    frozen = make_frozen_linear(quantization, linear.in_features, linear.out_features, bias=True)
+    parts = KIND_OF[quantization].quantize(linear.weight.data, lambda rows: (rows, 0))
+    for name, part in zip(packed_weights(frozen)["weight"].names, parts, strict=True):
+        setattr(frozen, name, nn.Parameter(as_integers(part), requires_grad=False))
+    frozen.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return frozen
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+def parts_of(frozen: FrozenLinear) -> dict[str, nn.Parameter]:
+    return {name: getattr(frozen, name) for name in packed_weights(frozen)["weight"].names}
+
+
+@pytest.mark.parametrize("quantization", [*KIND_OF, "none"])
 def test_opt_6_7b_has_the_tutorials_parameter_counts(quantization):
     with torch.device("meta"):
         model = OPTForCausalLM(OPT_6_7B)
-    pack_linears(model, quantization)
+    pack_model(model, quantization)
     model = add_adapters(model, TrainConfig(max_steps=2))
     trainable, total = parameter_counts(model)
     assert (trainable, total, f"{100 * trainable / total:.4f}") == (8_388_608, 6_666_862_592, "0.1258")
@@ -40,7 +44,7 @@ def test_opt_6_7b_has_the_tutorials_parameter_counts(quantization):
     assert len(packed) == (0 if quantization == "none" else 32 * 6)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", KIND_OF)
 def test_every_packed_part_is_an_integer_and_survives_a_cast(quantization):
     """Float scales would be rounded by `.to(bfloat16)`, silently."""
     torch.manual_seed(0)
@@ -49,17 +53,17 @@ def test_every_packed_part_is_an_integer_and_survives_a_cast(quantization):
     before = packed(x)
     packed.to(torch.bfloat16)
     packed.bias.data = packed.bias.data.float()
-    assert all(not getattr(packed, part).is_floating_point() for part in packed.part_names)
+    assert all(not part.is_floating_point() for part in parts_of(packed).values())
     assert torch.allclose(packed(x), before, atol=1e-2)  # the bias was rounded, the scales were not
     packed.bias = None
-    parts = {part: getattr(packed, part).clone() for part in packed.part_names}
+    parts = {name: part.clone() for name, part in parts_of(packed).items()}
     packed.to(torch.float16)
-    assert all(torch.equal(getattr(packed, part), value) for part, value in parts.items())
+    assert all(torch.equal(part, parts[name]) for name, part in parts_of(packed).items())
 
 
 def test_nf4_refuses_rows_that_end_inside_a_block():
     with pytest.raises(UserError, match="in_features=96 .*not a multiple of 64"):
-        LINEAR_OF["nf4"](96, 64, bias=False)
+        make_frozen_linear("nf4", 96, 64, bias=False)
 
 
 def input_outlives_checkpointed_forward(linear) -> bool:
@@ -78,7 +82,7 @@ def input_outlives_checkpointed_forward(linear) -> bool:
     return alive
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", KIND_OF)
 def test_no_input_outlives_a_checkpointed_layer(quantization):
     assert not input_outlives_checkpointed_forward(pack(quantization, nn.Linear(128, 96)))
 
@@ -93,5 +97,5 @@ def test_bitsandbytes_own_int8_linear_keeps_its_input():
 def test_linear_names_are_those_that_can_be_targeted():
     with torch.device("meta"):
         model = OPTForCausalLM(OPT_6_7B)
-    pack_linears(model, "int8")
+    pack_model(model, "int8")
     assert linear_names(model) == ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]

@@ -1,0 +1,123 @@
+"""Where the base lies: the strategy's row and the dials of the config, turned into a `Placement`."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lora_dist.base_model import base_bytes
+from lora_dist.config import TrainConfig, require
+from lora_dist.quantization import packed_weights
+from lora_dist.sharding import decoder_layers
+from lora_dist.strategies import Placement, Strategy, offload_asked
+
+
+def choose_placement(
+    strategy: Strategy, config: TrainConfig, skeleton: nn.Module, *, num_ranks: int, dtype: torch.dtype
+) -> Placement:
+    """Raises UserError where a dial cannot be had, or has no effect. `skeleton`: the packed model on meta."""
+    resident, gather_once = config.resident_layers, config.gather_once
+    if strategy.base_per_rank == "whole":
+        why = f"has no effect under {strategy.name}: all layers are resident"
+        require(resident == "0", "resident_layers", resident, why)
+        require(config.shard_size is None, "shard_size", config.shard_size, why)
+        require(not gather_once, "gather_once", gather_once, why)
+        return Placement()
+    require(not (gather_once and resident == "all"), "gather_once", gather_once, "has no effect: nothing is gathered")
+    shard_size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    require(num_ranks % shard_size == 0, "shard_size", shard_size, f"must divide the {num_ranks} ranks")
+    require(shard_size > 1, "shard_size", shard_size, "shards nothing; give 2 or more, or --resident_layers all")
+    if resident == "all":
+        return Placement()
+    num_layers = len(decoder_layers(skeleton))
+    if resident == "auto":
+        budget = memory_budget_bytes(config)
+        num_resident = layers_that_fit(skeleton, config, shard_size, num_ranks, dtype, budget)
+    else:
+        num_resident = int(resident)
+        fits = num_resident < num_layers
+        require(fits, "resident_layers", resident, f"the model has {num_layers} layers; give fewer, or all")
+    return Placement(shard_size, num_resident, offload_asked(), gather_once)
+
+
+def memory_budget_bytes(config: TrainConfig) -> int:
+    """`--memory_budget_gib`, or what is free: on the GPU, or this rank's part of the host's."""
+    if config.memory_budget_gib:
+        return int(config.memory_budget_gib * 2**30)
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def layers_that_fit(
+    skeleton: nn.Module, config: TrainConfig, shard_size: int, num_ranks: int, dtype: torch.dtype, budget: int
+) -> int:
+    """The most resident layers, all but one at most, whose estimated peak is within `budget` bytes.
+
+    Raises UserError where not even none fits.
+    """
+    peaks = [
+        peak_bytes(skeleton, config, shard_size, num_ranks, dtype, resident)
+        for resident in range(len(decoder_layers(skeleton)))
+    ]
+    require(
+        peaks[0] <= budget, "memory_budget_gib", f"{budget / 2**30:.3g}",
+        f"the base sharded over {shard_size} ranks needs an estimated {peaks[0] / 2**30:.3g} GiB with no layer "
+        "resident; lower --per_device_train_batch_size or --max_length, or use more ranks",
+    )  # fmt: skip
+    return max(resident for resident, peak in enumerate(peaks) if peak <= budget)
+
+
+def peak_bytes(
+    skeleton: nn.Module, config: TrainConfig, shard_size: int, num_ranks: int, dtype: torch.dtype, resident: int
+) -> int:
+    """A rank's estimated peak in a step with that many resident layers: an upper estimate, the base's part by count.
+
+    base at rest + what is gathered (the root group twice, two layers twice) + one dequantized weight + adapters with
+    gradients, AdamW's moments and the reduction's buffers + activations of the longest micro-batch.
+    """
+    layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
+    outside, num_sharded = base_bytes(skeleton).total - sum(layers), len(layers) - resident
+    held = (outside + sum(layers[:num_sharded])) / shard_size + sum(layers[num_sharded:])
+    gathered = 2 * outside + 4 * max(layers)
+    matrices = [p.shape for m in skeleton.modules() for p in packed_weights(m).values()]
+    matrices += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
+    dequantized = max(shape[-2] * shape[-1] for shape in matrices) * dtype.itemsize
+    adapters = 4 * _adapter_numel(skeleton, config) * (4 + 2 + (config.gradient_accumulation_steps).bit_length())
+    return int(held + gathered + dequantized + adapters + _activation_bytes(skeleton, config, dtype))
+
+
+def _adapter_numel(skeleton: nn.Module, config: TrainConfig) -> int:
+    return sum(
+        config.lora_r * (module.in_features + module.out_features)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear)
+        and (config.lora_target_modules == ["all-linear"] or name.rpartition(".")[2] in config.lora_target_modules)
+    )
+
+
+def _activation_bytes(skeleton: nn.Module, config: TrainConfig, dtype: torch.dtype) -> int:
+    """Logits in `dtype`, in fp32, their log-softmax and its gradient; a layer's input each; and one layer's inside."""
+    tokens, model_config = config.per_device_train_batch_size * config.max_length, skeleton.config
+    logits = tokens * model_config.vocab_size * (dtype.itemsize + 3 * 4)
+    layers = decoder_layers(skeleton)
+    inputs = len(layers) * tokens * model_config.hidden_size * dtype.itemsize
+    # Of each linear: its output, and the copy of its input in fp32 that an adapter keeps.
+    inside = max(
+        sum(m.out_features * dtype.itemsize + m.in_features * 4 for m in layer.modules() if isinstance(m, nn.Linear))
+        for layer in layers
+    )
+    return logits + inputs + tokens * inside * (1 if config.gradient_checkpointing else len(layers))
+
+
+def agree(placement: Placement, device: torch.device) -> Placement:
+    """The same placement on all ranks: the fewest resident layers that any of them has memory for. Collective."""
+    if not dist.is_initialized():
+        return placement
+    fewest = torch.tensor(placement.resident_layers, device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    return dataclasses.replace(placement, resident_layers=int(fewest))

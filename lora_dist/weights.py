@@ -1,0 +1,141 @@
+"""The base's weights on disk, as tensors of which only the rows that are asked for are read.
+
+transformers' loader takes them in place of its own (`state_dict=`) and slices them by the placement of each parameter.
+Safetensors are read with pread: what a rank reads is what it asked for, to the byte, and no page of the file is mapped
+into it. (safetensors' own pread backend, 0.8, reads a whole tensor to give a slice of it.)
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.modeling_utils import _get_resolved_checkpoint_files, str_to_torch_dtype
+
+from lora_dist.config import UserError
+from lora_dist.embedded import model_path
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor on disk. `read(rows, columns)` reads that block; `columns` cut its second dimension."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[slice, slice], torch.Tensor]
+
+    def get_shape(self) -> list[int]:  # the name the loader asks for, that of safetensors' slices
+        return list(self.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        index = () if index == (...,) else index
+        return self.read(index[0] if index else slice(None), slice(None))[(slice(None), *index[1:]) if index else ()]
+
+    def as_rows(self, *shape: int) -> "LazyTensor":
+        """The same elements in fewer, longer rows."""
+        ratio = self.shape[0] // shape[0]
+
+        def read(rows, columns):
+            start, stop, _ = rows.indices(shape[0])
+            return self.read(slice(start * ratio, stop * ratio), slice(None)).view(stop - start, *shape[1:])[:, columns]
+
+        return LazyTensor(shape, self.dtype, read)
+
+    def viewed(self, dtype: torch.dtype) -> "LazyTensor":
+        """The same bytes as another dtype; the last dimension changes with the size of an element."""
+        last = self.shape[-1] * self.dtype.itemsize // dtype.itemsize
+        return LazyTensor((*self.shape[:-1], last), dtype, lambda rows, columns: self.read(rows, columns).view(dtype))
+
+    def transposed(self) -> "LazyTensor":
+        """Of a matrix. Reading rows of it reads columns of the file: 1/N of the bytes, in short pieces."""
+        return LazyTensor(
+            self.shape[::-1], self.dtype, lambda rows, columns: self.read(columns, rows).t().contiguous()
+        )
+
+
+def weight_files(name: str) -> list[Path]:
+    """The checkpoint files of a model directory or hub name, downloaded if need be: safetensors, else .bin."""
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            model_path(name), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False
+        )
+    except OSError as error:
+        raise UserError(f"--model_name_or_path {name}: {str(error).strip().splitlines()[0]}") from None
+    return [Path(file) for file in files]
+
+
+def open_weights(files: list[Path]) -> dict[str, LazyTensor]:
+    """Name to tensor of all the files; nothing but their headers is read. Raises UserError where one is damaged."""
+    tensors = {}
+    for file in files:
+        tensors |= _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+    return tensors
+
+
+def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    descriptor = os.open(file, os.O_RDONLY)  # for the process's lifetime: a base is loaded once
+    size = os.fstat(descriptor).st_size
+    try:
+        (header_size,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+        header = json.loads(os.pread(descriptor, min(header_size, size), 8))
+        header.pop("__metadata__", None)
+        complete = max((e["data_offsets"][1] for e in header.values()), default=0) + 8 + header_size <= size
+    except (struct.error, ValueError):
+        complete = False
+    if not complete:
+        raise UserError(f"--model_name_or_path {file}: cut short or damaged; get the file again")
+    return {name: _in_file(descriptor, 8 + header_size, entry) for name, entry in header.items()}
+
+
+def _in_file(descriptor: int, start: int, entry: dict) -> LazyTensor:
+    shape, dtype = tuple(entry["shape"]), str_to_torch_dtype[entry["dtype"]]
+    start += entry["data_offsets"][0]
+    row_numel = torch.Size(shape[1:]).numel()
+
+    def read(rows, columns):
+        first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+        num_rows = max(0, last - first)
+        if columns == slice(None):
+            offset = start + first * row_numel * dtype.itemsize
+            return _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])[... if shape else 0]
+        left, right, _ = columns.indices(shape[1])
+        pieces = [
+            _pread(descriptor, right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)
+            for row in range(first, last)
+        ]
+        return torch.stack(pieces)
+
+    return LazyTensor(shape, dtype, read)
+
+
+def _pread(descriptor: int, numel: int, dtype: torch.dtype, offset: int) -> torch.Tensor:
+    raw = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    view, done = memoryview(raw.numpy()), 0
+    while done < len(view):  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if not count:
+            raise OSError(f"file ended {len(view) - done} bytes early")
+        done += count
+    return raw.view(dtype)
+
+
+def _open_bin(file: Path) -> dict[str, LazyTensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model_name_or_path {file}: cannot be mapped into memory: {reason}") from None
+    return {name: _mapped(tensor) for name, tensor in tensors.items()}
+
+
+def _mapped(tensor: torch.Tensor) -> LazyTensor:
+    # The copy: a view would keep the mapping of the whole file.
+    return LazyTensor(
+        tuple(tensor.shape),
+        tensor.dtype,
+        lambda rows, columns: (tensor[rows] if columns == slice(None) else tensor[rows, columns]).clone(),
+    )
