@@ -18,14 +18,22 @@ from lora_dist.quantization import FrozenLinear, packed_weights
 from lora_dist.sharding import release
 
 
+# In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
 def linear_names(model: nn.Module) -> list[str]:
-    """Last name of every linear layer but the head, as `--lora_target_modules` takes them."""
+    """Last name of every linear layer that can get an adapter, as `--lora_target_modules` takes them.
+
+    Not the head; and in a model with experts not the names that PEFT takes for experts.
+    """
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, FrozenLinear))
     }
-    return sorted(names - {"lm_head", "embed_out"})
+    has_experts = any(param.dim() == 3 for param in model.parameters())
+    return sorted(names - {"lm_head", "embed_out"} - (EXPERT_NAMES if has_experts else set()))
 
 
 def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -59,7 +67,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     targets = config.lora_target_modules
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets, bias=config.lora_bias,
+        target_modules=linear_names(model) if targets == ["all-linear"] else targets, bias=config.lora_bias,
         use_rslora=config.use_rslora, use_dora=config.use_dora, modules_to_save=config.modules_to_save,
     )  # fmt: skip
     torch.manual_seed(random_key(config.seed, "adapters") % 2**32)

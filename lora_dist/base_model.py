@@ -13,9 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -83,15 +95,27 @@ class QuantizeRows(ConversionOps):
         packed = packed_weights(module)[weight_name]
         holder = getattr(module, packed.names[0])
         group = holder.device_mesh.get_group() if isinstance(holder, DTensor) else None
-        parts = packed.kind.quantize(
-            rows.to(self.device), lambda local: _gather_rows(local, packed.shape[0], group)
-        )
+        parts = packed.kind.quantize(rows.to(self.device), lambda local: _gather_rows(local, packed.shape[0], group))
         converted = {}
         for part_name, part in zip(packed.names, parts, strict=True):
             if part_name.endswith("_nested") and group is not None:  # whole on every rank: keep this rank's chunk
                 part = _own_chunk(part, group)
             converted[f"{name.rpartition('.')[0]}.{part_name}"] = as_integers(part).to(rows.device)
         return converted
+
+
+class StackExperts(MergeModulelist):
+    """MergeModulelist for a rank that owns no expert of a layer: an empty stack of the right shape."""
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        if any(input_dict.values()):
+            return super().convert(input_dict, **kwargs)
+        module, name = get_module_from_name(model, full_layer_name)
+        packed = packed_weights(module).get(name)
+        _, out_features, in_features = packed.shape if packed else getattr(module, name).shape
+        rows = out_features // len(input_dict)  # gate and up are concatenated to one afterwards
+        stacks = {pattern: [torch.empty(rows, in_features)] for pattern in input_dict}
+        return {pattern: stack[:0] for pattern, stack in super().convert(stacks, **kwargs).items()}
 
 
 def _gather_rows(local: torch.Tensor, total: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
@@ -208,6 +232,15 @@ class FrozenQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return QuantizeRows(self.quantization_config.load.device)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """transformers stacks the experts that a rank owns, and fails where it owns none: replace that step."""
+        for converter in weight_conversions:
+            if isinstance(converter, WeightConverter):
+                converter.operations = [
+                    StackExperts(op.dim) if type(op) is MergeModulelist else op for op in converter.operations
+                ]
+        return weight_conversions
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         """The model is on meta: swap the linears, tie, then shard."""

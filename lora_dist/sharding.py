@@ -51,7 +51,6 @@ def shard(model: PreTrainedModel, placement: Placement, device: torch.device, wh
     sharded = layers[: len(layers) - placement.resident_layers]
     resident = {param for layer in layers[len(sharded) :] for param in layer.parameters()}
     for layer in sharded:
-        _check_experts(layer, placement.shard_ranks)
         fully_shard(layer, mesh=mesh, offload_policy=offload, ignored_params=whole)
     fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=resident | whole)
     # fully_shard made a class of its own of it, which transformers takes for custom code, whose checkpoints it renames
@@ -78,15 +77,6 @@ def shard_mesh(shard_ranks: int, device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("fsdp",))
     shape = (num_ranks // shard_ranks, shard_ranks)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "fsdp"))["fsdp"]
-
-
-def _check_experts(layer: nn.Module, shard_ranks: int) -> None:
-    for name, param in layer.named_parameters():
-        if param.dim() == 3 and param.shape[0] < shard_ranks:
-            raise UserError(
-                f"{shard_ranks} ranks share the base: {name} has {param.shape[0]} experts, which are sharded whole; "
-                f"use at most {param.shape[0]} ranks to a copy (--shard_size)"
-            )
 
 
 def _prefetch(modules: list[FSDPModule]) -> None:

@@ -52,9 +52,7 @@ class LazyTensor:
 
     def transposed(self) -> "LazyTensor":
         """Of a matrix. Reading rows of it reads columns of the file: 1/N of the bytes, in short pieces."""
-        return LazyTensor(
-            self.shape[::-1], self.dtype, lambda rows, columns: self.read(columns, rows).t().contiguous()
-        )
+        return LazyTensor(self.shape[::-1], self.dtype, lambda rows, columns: self.read(columns, rows).t().contiguous())
 
 
 def weight_files(name: str) -> list[Path]:
@@ -101,7 +99,9 @@ def _in_file(descriptor: int, start: int, entry: dict) -> LazyTensor:
         num_rows = max(0, last - first)
         if columns == slice(None):
             offset = start + first * row_numel * dtype.itemsize
-            return _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])[... if shape else 0]
+            return _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])[
+                ... if shape else 0
+            ]
         left, right, _ = columns.indices(shape[1])
         pieces = [
             _pread(descriptor, right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)

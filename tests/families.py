@@ -10,6 +10,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -47,16 +48,23 @@ CONFIGS = {
         max_position_embeddings=64,
     ),
     "falcon": FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "gemma_untied": GemmaConfig(**LLAMA_LIKE, tie_word_embeddings=False),
+    "gpt2_untied": GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False),
+    "bloom_untied": BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, tie_word_embeddings=False),
+    "qwen3_tied": Qwen3Config(**LLAMA_LIKE, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": Qwen3MoeConfig(**LLAMA_LIKE, **MOE, num_experts=4),
 }  # fmt: skip
+
+
+GPT_OSS = GptOssConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2)
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     """A random checkpoint in safetensors, as `dtype`, dropout 0.1 where the family has any."""
     torch.manual_seed(0)
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(CONFIGS[family])
+        model = AutoModelForCausalLM.from_config(GPT_OSS if family == "gpt_oss" else CONFIGS[family])
     for param in model.parameters():  # biases and norms start at constants, which would hide an exchange
         param.data += torch.randn_like(param) * 0.05
     model.to(dtype).save_pretrained(folder / family)

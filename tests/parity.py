@@ -27,7 +27,9 @@ def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR):
                 setattr(module, name, torch.nn.Parameter(there_and_back(param.data, quantization), requires_grad=False))
     keep_norms_in_fp32(model)
     for name, param in AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters():
-        if model.get_parameter(name).dtype == torch.float32:  # as the checkpoint has norms: not rounded on the way
+        if (
+            param.dim() == 1 and model.get_parameter(name).dtype == torch.float32
+        ):  # as the checkpoint has norms: not rounded on the way
             model.get_parameter(name).data = param.data
     return model
 
@@ -74,6 +76,4 @@ def randomize(model):
 def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", **placement):
     """Ours, over all ranks unless `placement` says otherwise."""
     placement = {"shard_ranks": dist.get_world_size() if dist.is_initialized() else 1} | placement
-    return load_base(
-        str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement)
-    )
+    return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement))
