@@ -17,7 +17,6 @@ from lora_dist.data import MicroBatch, random_key
 from lora_dist.quantization import FrozenLinear, packed_weights
 from lora_dist.sharding import release
 
-
 # In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 

@@ -75,7 +75,7 @@ class BaseLoad:
     placement: Placement
     device: torch.device
     tensors: dict[str, LazyTensor]
-    skip_modules: list[str] | None  # of a checkpoint that is quantized already: what it left as it was
+    stored: "StoredFormat | None"
     is_trained: Callable[[str], bool]
 
     def __deepcopy__(self, memo):  # transformers copies configs
@@ -136,18 +136,26 @@ def _own_chunk(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return part[most * group.rank() : most * (group.rank() + 1)].clone()
 
 
-def pack_model(model: PreTrainedModel, quantization: str, skip_modules: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a checkpoint that is quantized already is: its `--quantization`, and the modules it left as they were."""
+
+    quantization: str
+    skip_modules: list[str] | None  # None: transformers' own choice, the head
+
+
+def pack_model(model: PreTrainedModel, quantization: str, stored: StoredFormat | None = None) -> None:
     """Freeze a model on meta and swap its linears and experts, the head excepted, for packed ones ("none": keep them).
 
-    `skip_modules`: what a checkpoint that is quantized already says it left. Raises UserError where a good part of the
-    layers' weights would stay unquantized: never skipped silently.
+    Raises UserError where a good part of the layers' weights would stay unquantized: never skipped silently. Of a
+    checkpoint that is quantized already, it is as `stored` says.
     """
     model.requires_grad_(False)
     # PEFT chooses its bitsandbytes path by these.
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization in ("nf4", "nf4_plain")
     if quantization == "none":
         return
-    keep = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+    keep = HfQuantizer.get_modules_to_not_convert(model, stored and stored.skip_modules, model._keep_in_fp32_modules)
     modules = {n: m for n, m in model.named_modules() if should_convert_module(n, keep)}
     by_size = sorted((m for m in modules.values() if isinstance(m, nn.Linear)), key=lambda m: -m.weight.numel())
     smallest_of_type = {type(module): module for module in by_size}  # the last one of a type stays
@@ -167,7 +175,7 @@ def pack_model(model: PreTrainedModel, quantization: str, skip_modules: list[str
                     pack(module, weight_name, KIND_OF[quantization], tuple(param.shape))
             model.set_experts_implementation("frozen")
     share, left = quantized_share(model)
-    if share < LEAST_QUANTIZED_SHARE and skip_modules is None:
+    if share < LEAST_QUANTIZED_SHARE and stored is None:
         raise UserError(
             f"--quantization {quantization}: only {share:.0%} of the layers' weights of a {model.config.model_type} "
             f"can be quantized, not {' '.join(sorted(left))}; use none"
@@ -228,7 +236,7 @@ class FrozenQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, weight_name = get_module_from_name(model, param_name)
-        return self.quantization_config.load.skip_modules is None and weight_name in packed_weights(module)
+        return self.quantization_config.load.stored is None and weight_name in packed_weights(module)
 
     def get_quantize_ops(self):
         return QuantizeRows(self.quantization_config.load.device)
@@ -245,7 +253,7 @@ class FrozenQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         """The model is on meta: swap the linears, tie, then shard."""
         load = self.quantization_config.load
-        pack_model(model, load.quantization, load.skip_modules)
+        pack_model(model, load.quantization, load.stored)
         if model.config.tie_word_embeddings:  # not tied yet here: the root group would gather the embedding twice
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         keep_norms_in_fp32(model)
@@ -265,7 +273,7 @@ class FrozenQuantizer(HfQuantizer):
 def _transpose(model: PreTrainedModel, load: BaseLoad) -> None:
     """Present the float weights of GPT-2's Conv1D, which are (I, O) on disk, as (O, I)."""
     wanted = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, FrozenLinear) and m.stored_transposed}
-    if not wanted or load.skip_modules is not None:
+    if not wanted or load.stored is not None:  # bitsandbytes stores them as (O, I)
         return
     mapping, names = get_model_conversion_mapping(model), model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -294,10 +302,9 @@ def load_base(
     config = load_model_config(name)
     if getattr(config, "layerdrop", 0) and placement.shard_ranks > 1:  # ranks would skip different layers
         raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs 0")
-    skip_modules = skipped_modules(name, config, quantization)
-    load = BaseLoad(
-        quantization, placement, device, read_bitsandbytes(open_weights(weight_files(name))), skip_modules, is_trained
-    )
+    stored = stored_format(name, config, quantization)
+    tensors = read_bitsandbytes(open_weights(weight_files(name)))
+    load = BaseLoad(quantization, placement, device, tensors, stored, is_trained)
     model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, dtype=dtype, device_map={"": "cpu" if placement.offload else device},
         state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
@@ -318,36 +325,36 @@ def load_base(
     return model
 
 
-def skipped_modules(name: str, config, quantization: str) -> list[str] | None:
-    """What a checkpoint that is quantized already left as it was; None where the checkpoint is not quantized.
+def stored_format(name: str, config, quantization: str) -> StoredFormat | None:
+    """Of a checkpoint that bitsandbytes quantized already; None of any other.
 
     Takes the entry out of `config`: transformers would bring bitsandbytes' own quantizer. Raises UserError where it is
     not quantized as `quantization` says.
     """
-    stored = vars(config).pop("quantization_config", None)
-    if stored is None:
+    entry = vars(config).pop("quantization_config", None)
+    if entry is None:
         return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    kind = "another format"
-    if stored.get("load_in_8bit"):
+    entry = entry if isinstance(entry, dict) else entry.to_dict()
+    kind = f"by {entry.get('quant_method')}"
+    if entry.get("load_in_8bit"):
         kind = "int8"
-    elif stored.get("load_in_4bit"):
-        kind = "nf4" if stored.get("bnb_4bit_use_double_quant") else "nf4_plain"
+    elif entry.get("load_in_4bit"):
+        kind = "nf4" if entry.get("bnb_4bit_use_double_quant") else "nf4_plain"
     require(
-        kind == quantization, "quantization", quantization,
-        f"{name} is quantized already, as {kind}; " + ("give that" if kind in KIND_OF else "take the unquantized model"),
+        kind == quantization, "quantization", quantization, f"{name} is quantized already, "
+        + (f"as {kind}: give that" if kind in KIND_OF else f"{kind}: take the unquantized model"),
     )  # fmt: skip
-    return stored.get("llm_int8_skip_modules") or []
+    return StoredFormat(kind, entry.get("llm_int8_skip_modules"))
 
 
 def meta_model(name: str, quantization: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base as `load_base` will make it, without its weights: to check and count before anything is read."""
     config = load_model_config(name)
     require(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, "model_name_or_path", name, "is not a causal language model")
-    skip_modules = skipped_modules(name, config, quantization)
+    stored = stored_format(name, config, quantization)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    pack_model(model, quantization, skip_modules)
+    pack_model(model, quantization, stored)
     keep_norms_in_fp32(model)
     return model
 

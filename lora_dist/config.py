@@ -119,7 +119,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
-                     "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit", "shard_size"):  # fmt: skip
+                     "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit",
+                     "shard_size"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from lora_dist.run_folder import RunFolder, write_whole
+from lora_dist.manifest import write_whole
+from lora_dist.run_folder import RunFolder
 
 CHARTS = (  # title, metric drawn as a line, metric drawn as dots
     ("Loss: training (line), held-out (dots)", "train/loss", "eval/loss"),

@@ -1,15 +1,14 @@
 """The run folder: its file names, and how each file is written so that a kill never leaves half of one."""
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import yaml
 
 from lora_dist.config import TrainConfig, UserError
+from lora_dist.manifest import MANIFEST, is_complete, write_whole
 
 STATUSES = ("running", "completed", "preempted", "failed")
 
@@ -53,37 +52,5 @@ class RunFolder:
 
     def prune_checkpoints(self, keep: int) -> None:
         for path in self.complete_checkpoints()[:-keep]:
-            (path / "manifest.json").unlink()  # first: what is left of an interrupted removal is never taken for whole
+            (path / MANIFEST).unlink()  # first: what is left of an interrupted removal is never taken for whole
             shutil.rmtree(path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """Declare a folder complete: sizes and checksums of its files, written last."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    write_whole(folder / "manifest.json", json.dumps(entries, indent=2) + "\n")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file has the size and checksum it names."""
-    try:
-        entries = json.loads((folder / "manifest.json").read_text())
-        return all(
-            (folder / name).stat().st_size == e["bytes"] and _sha256(folder / name) == e["sha256"]
-            for name, e in entries.items()
-        )
-    except (OSError, ValueError):
-        return False

@@ -24,9 +24,10 @@ from lora_dist.adapters import check_identical, save_adapter, trainable_paramete
 from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig
 from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
+from lora_dist.manifest import write_manifest
 from lora_dist.metrics import MetricsLog
 from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
-from lora_dist.run_folder import RunFolder, write_manifest
+from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import gathered_bytes, release
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files, str_to_t
 
 from lora_dist.config import UserError
 from lora_dist.embedded import model_path
+from lora_dist.manifest import write_whole
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,67 @@ def _mapped(tensor: torch.Tensor) -> LazyTensor:
         tensor.dtype,
         lambda rows, columns: (tensor[rows] if columns == slice(None) else tensor[rows, columns]).clone(),
     )
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A tensor to write that all ranks hold together: its shape and dtype, and this rank's part of its elements.
+
+    `own` is empty on a rank that has nothing of it to write; `start` is the index of its first element in the whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    own: torch.Tensor
+    start: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(
+    folder: Path, tensors: dict[str, OwnRows], *, max_file_bytes: int, is_main: bool, barrier: Callable[[], None]
+) -> None:
+    """Write tensors to safetensors files that do not depend on the number of ranks, each rank its own rows.
+
+    With an index file where there are several. Every rank must name the same tensors in the same order; `is_main` is
+    one of them, and `barrier()` waits for all. Files are on disk (fsync) when it returns.
+    """
+    groups, size = [{}], 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.num_bytes > max_file_bytes:
+            groups, size = [*groups, {}], 0
+        groups[-1][name], size = tensor, size + tensor.num_bytes
+    names = ["model.safetensors"]
+    if len(groups) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    for file_name, group in zip(names, groups, strict=True):
+        _write_rows(folder / file_name, group, barrier)
+    if len(groups) > 1 and is_main:
+        where = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": where}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    barrier()
+
+
+def _write_rows(file: Path, tensors: dict[str, OwnRows], barrier: Callable[[], None]) -> None:
+    dtype_names = {dtype: name for name, dtype in str_to_torch_dtype.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.num_bytes]
+        header[name] = {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    os.ftruncate(descriptor, 8 + len(text) + end)  # the same on all ranks, in any order
+    barrier()
+    os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+    for name, tensor in tensors.items():
+        raw = memoryview(tensor.own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        offset = 8 + len(text) + header[name]["data_offsets"][0] + tensor.start * tensor.dtype.itemsize
+        while raw:  # one call writes 2 GiB at most
+            count = os.pwrite(descriptor, raw, offset)
+            raw, offset = raw[count:], offset + count
+    os.fsync(descriptor)
+    os.close(descriptor)

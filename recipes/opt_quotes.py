@@ -41,10 +41,11 @@ CONFIG = TrainConfig(
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
     from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained
-    from lora_dist.base_model import base_bytes, load_base, meta_model
+    from lora_dist.base_model import base_bytes, meta_model
     from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
     from lora_dist.metrics import MetricsLog
-    from lora_dist.placement import choose_placement, agree
+    from lora_dist.placement import agree, choose_placement
+    from lora_dist.quantized_cache import load_cached_base
     from lora_dist.strategies import launched_strategy, world_size
     from lora_dist.train import Training, complete, train
 
@@ -67,9 +68,10 @@ def main(config: TrainConfig) -> None:
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
         started = time.perf_counter()
-        model = load_base(
+        model = load_cached_base(
             config.model_name_or_path, quantization=config.quantization, dtype=dtype, device=accelerator.device,
             placement=agree(placement, accelerator.device), is_trained=partial(is_trained, config),
+            cache=config.quantized_cache,
         )  # fmt: skip
         base, load_s = base_bytes(model), time.perf_counter() - started
         model = add_adapters(model, config)

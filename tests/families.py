@@ -49,7 +49,9 @@ CONFIGS = {
     ),
     "falcon": FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     "gemma_untied": GemmaConfig(**LLAMA_LIKE, tie_word_embeddings=False),
-    "gpt2_untied": GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False),
+    "gpt2_untied": GPT2Config(
+        vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False
+    ),
     "bloom_untied": BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, tie_word_embeddings=False),
     "qwen3_tied": Qwen3Config(**LLAMA_LIKE, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),

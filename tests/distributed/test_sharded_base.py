@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from parity import CPU, load_sharded, load_unsharded, loss_and_gradients, randomize
+from parity import load_sharded, load_unsharded, loss_and_gradients, randomize
 from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor

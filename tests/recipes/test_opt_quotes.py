@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dist.config import parse_config
 from lora_dist.embedded import BASE_DIR
-from lora_dist.run_folder import RunFolder, is_complete
+from lora_dist.manifest import is_complete
+from lora_dist.run_folder import RunFolder
 
 STEPS = 6
 # Unquantized and in fp32, so that a plain transformers base is the very same function.

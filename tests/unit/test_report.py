@@ -1,7 +1,8 @@
 import dataclasses
 
+from lora_dist.manifest import is_complete, write_manifest
 from lora_dist.report import Chart, render
-from lora_dist.run_folder import RunFolder, is_complete, write_manifest
+from lora_dist.run_folder import RunFolder
 
 SUMMARY = {
     "loss_first": 3.0, "loss_last": 2.0, "eval_loss": None, "world_size": 2, "base_bytes_per_rank": 50,
