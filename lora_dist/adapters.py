@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_dist.config import TrainConfig, UserError, require
 from lora_dist.data import MicroBatch, random_key
@@ -29,7 +30,7 @@ def linear_names(model: nn.Module) -> list[str]:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, FrozenLinear))
+        if isinstance(module, (nn.Linear, FrozenLinear, Conv1D))
     }
     has_experts = any(param.dim() == 3 for param in model.parameters())
     return sorted(names - {"lm_head", "embed_out"} - (EXPERT_NAMES if has_experts else set()))

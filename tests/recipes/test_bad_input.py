@@ -28,7 +28,11 @@ CASES = {
     "one step": (lambda t: ["--max_steps", "1"], {}, ["--max_steps 1", "trains nothing", "--warmup_steps 100"]),
     "resident in ddp": (lambda t: ["--resident_layers", "2"], {}, ["--resident_layers 2", "no effect under ddp"]),
     "too many resident": (lambda t: ["--resident_layers", "4"], FSDP, ["--resident_layers 4", "has 4 layers", "all"]),
-    "half resident": (lambda t: ["--resident_layers", "half"], FSDP, ["--resident_layers half", "a number, or all"]),
+    "half resident": (
+        lambda t: ["--resident_layers", "half"],
+        FSDP,
+        ["--resident_layers half", "a number, all or auto"],
+    ),
     "no hub name": (lambda t: ["--push_to_hub", "true"], {}, ["--push_to_hub", "--hub_model_id"]),
     "config file": (lambda t: ["--config", str(t / "no.yaml")], {}, ["--config", "no.yaml", "No such file"]),
     "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["--lora_rr", "--lora_r?"]),

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import yaml
+from parity import load_sharded
 from peft import AutoPeftModelForCausalLM, PeftModel
 from ranks import launch, launch_recipe, start_rank
 from safetensors.torch import load_file, save_file
@@ -201,10 +202,9 @@ def test_generate_completes_a_prompt(int8_run):
 def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):
     """The program's own check after a save, on adapters that were damaged in four ways."""
     from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
-    from lora_dist.base_model import load_base
     from lora_dist.data import collate, load_tokenizer
 
-    base = load_base("embedded", quantization="int8", dtype=torch.float32, device=torch.device("cpu"), shard_ranks=1)
+    base = load_sharded("int8")
     model, probe = add_adapters(base, config), collate([[2, 5, 6, 7, 8]], 1)
     folder = tmp_path / "adapter"
     save_adapter(model, load_tokenizer("embedded"), folder)
