@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -45,21 +46,22 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
                 f"--lora_target_modules {target}: no such linear layer in {config.model_name_or_path}; "
                 f"it has {' '.join(names)}, or give all-linear"
             )
-    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
-    heads = {id(m): n for n, m in modules.items() if m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for name in config.modules_to_save or ():
-        require(name in modules, "modules_to_save", name, f"no such module; e.g. {' '.join(sorted(heads.values()))}")
-        packed = any(packed_weights(m) for m in modules[name].modules())
-        require(not packed, "modules_to_save", name, "is quantized, and only the unquantized can be trained whole")
-        tied = model.config.tie_word_embeddings and id(modules[name]) in heads
-        require(not tied, "modules_to_save", name, "is tied to another, which would stay as it is")
+    heads = {model.get_input_embeddings(), model.get_output_embeddings()}
+    for wanted in config.modules_to_save or ():
+        found = [module for name, module in model.named_modules() if name.endswith(wanted)]
+        example = " ".join(name.rpartition(".")[2] for name, module in model.named_modules() if module in heads)
+        require(found, "modules_to_save", wanted, f"no such module; e.g. {example}")
+        is_packed = any(packed_weights(m) for module in found for m in module.modules())
+        require(not is_packed, "modules_to_save", wanted, "is quantized, and only the unquantized can be trained whole")
+        tied = model.config.tie_word_embeddings and not heads.isdisjoint(found)
+        require(not tied, "modules_to_save", wanted, "is tied to another, which would stay as it is")
 
 
 def is_trained(config: TrainConfig, name: str) -> bool:
     """Whether a parameter of the base, by its name, may be trained: such is kept whole on every rank."""
-    return (config.lora_bias != "none" and name.endswith("bias")) or bool(
-        set(config.modules_to_save or ()) & set(name.split("."))
-    )
+    modules = list(accumulate(name.split(".")[:-1], lambda path, step: f"{path}.{step}"))
+    saved = any(path.endswith(wanted) for path in modules for wanted in config.modules_to_save or ())  # PEFT's rule
+    return saved or (config.lora_bias != "none" and name.endswith("bias"))
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:

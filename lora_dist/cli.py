@@ -2,23 +2,19 @@
 
 import argparse
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
-from lora_dist.config import UserError
+from lora_dist.config import UserError, end_process
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_report):
+    for add in (_add_generate, _add_quantize, _add_report):
         add(commands)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_process(partial(args.run, args))
 
 
 def _add_generate(commands) -> None:
@@ -58,6 +54,40 @@ def _generate(args) -> None:
     print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
 
 
+def _add_quantize(commands) -> None:
+    command = commands.add_parser(
+        "quantize", help="write a quantized base that any number of ranks can load",
+        description="Write a quantized base that any number of ranks, and transformers, can load. Under torchrun each "
+        "rank quantizes and writes its own rows.",
+        epilog="Example: torchrun --nproc_per_node 2 -m lora_dist.cli quantize facebook/opt-6.7b "
+        "--quantization nf4 --output_dir bases/opt-6.7b-nf4",
+    )  # fmt: skip
+    command.add_argument("model_name_or_path", help="model directory or hub name")
+    command.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write, its own")
+    command.add_argument("--quantization", default="int8", choices=("int8", "nf4", "nf4_plain"), help="default: int8")
+    command.add_argument(
+        "--mixed_precision", default="bf16", choices=("no", "bf16", "fp16"),
+        help="what it will be trained in: the dtype of what is not quantized (default: bf16)",
+    )  # fmt: skip
+    command.set_defaults(run=_quantize)
+
+
+def _quantize(args) -> None:
+    from lora_dist import session
+    from lora_dist.base_model import meta_model
+    from lora_dist.quantized_cache import load_cached_base
+    from lora_dist.strategies import Placement, world_size
+
+    dtype = session.DTYPE_OF[args.mixed_precision]
+    meta_model(args.model_name_or_path, args.quantization, dtype)  # raises what can be said before anything is read
+    accelerator = session.start_ranks()
+    load_cached_base(
+        args.model_name_or_path, cache=args.output_dir, quantization=args.quantization, dtype=dtype,
+        device=accelerator.device, placement=Placement(shard_ranks=world_size()),
+    )  # fmt: skip
+    accelerator.print(f"{args.output_dir}: {args.model_name_or_path} in {args.quantization}")
+
+
 def _add_report(commands) -> None:
     command = commands.add_parser(
         "report",
@@ -77,3 +107,7 @@ def _report(args) -> None:
         raise UserError(f"{folder.root}: holds no config.yaml; give a run folder")
     write_report(folder)
     print(folder.report)
+
+
+if __name__ == "__main__":
+    main()

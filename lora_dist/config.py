@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -225,11 +226,16 @@ def _as_flags(settings: dict) -> list[str]:
 
 
 def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
-    """Entry point of a recipe: bad input is one line on rank 0 and exit code 2 on all ranks. Ends the process."""
+    """Entry point of a recipe. Ends the process."""
     install_handlers()
+    end_process(lambda: main(parse_config(defaults, sys.argv[1:], description=description)))
+
+
+def end_process(work: Callable[[], None]) -> None:
+    """Do the work and end the process: exit code 0; for bad input one line from rank 0, and 2 on all ranks."""
     code = 0
     try:
-        main(parse_config(defaults, sys.argv[1:], description=description))
+        work()
     except UserError as error:
         code = 2
         if os.environ.get("RANK", "0") == "0":

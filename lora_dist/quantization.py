@@ -230,7 +230,7 @@ class FrozenMatmul(torch.autograd.Function):
             kind, selected = ctx.packed.select(ctx.expert, parts)
             grad_x = grad_output @ kind.dequantize(ctx.packed.shape[-2:], grad_output.dtype, *selected)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.flatten(0, -2).sum(0)
+            grad_bias = grad_output.sum(0).sum_to_size(grad_output.shape[-1:])  # in bitsandbytes' order
         return grad_x, grad_bias, None, None, *(None for _ in parts)
 
 

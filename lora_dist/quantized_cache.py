@@ -16,8 +16,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_dist.base_model import load_base
-from lora_dist.config import require
+from lora_dist.config import UserError, require
 from lora_dist.data import load_tokenizer
+from lora_dist.embedded import model_path
 from lora_dist.manifest import describe_file, files_of, is_complete, write_manifest, write_whole
 from lora_dist.quantization import FrozenLinear, Int8, packed_weights, write_bitsandbytes
 from lora_dist.weights import OwnRows, weight_files, write_safetensors
@@ -39,7 +40,7 @@ def load_cached_base(name: str, *, cache: str | None, quantization: str, dtype: 
     why_not = unusable_because(cache, fingerprint)
     if why_not is None:
         model = load_base(str(cache), quantization=quantization, dtype=dtype, **how)
-        model.config.name_or_path = model.name_or_path = name  # what the adapter is an adapter of
+        model.config.name_or_path = model.name_or_path = model_path(name)  # what the adapter is an adapter of
         return model
     if _rank() == 0 and cache.exists():
         print(f"quantized cache {cache}: {why_not}; it is made anew", flush=True)
@@ -67,7 +68,8 @@ def unusable_because(cache: Path, fingerprint: dict) -> str | None:
     except (OSError, ValueError):
         why_not = "holds other files" if cache.is_dir() and any(cache.iterdir()) else "there is none"
     why_not = _gather(why_not)[0]
-    require(why_not != "holds other files", "quantized_cache", cache, "holds other files; give a folder of its own")
+    if why_not == "holds other files":
+        raise UserError(f"{cache}: holds files that are no quantized base; give a folder of its own")
     if why_not is None and not all(_gather(is_complete(cache, slice(_rank(), None, _num_ranks())))):
         why_not = "it is incomplete or damaged"
     return why_not
@@ -87,6 +89,7 @@ def write_cache(model: PreTrainedModel, name: str, cache: Path, fingerprint: dic
         load_tokenizer(name).save_pretrained(cache)
         model.generation_config.save_pretrained(cache)
         config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+        config.pop("_name_or_path", None)  # a path of this machine
         config["quantization_config"] = bitsandbytes_config(model, dtype)
         write_whole(cache / "config.json", json.dumps(config, indent=2) + "\n")
     _barrier()

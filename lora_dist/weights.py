@@ -1,18 +1,20 @@
 """The base's weights on disk, as tensors of which only the rows that are asked for are read.
 
 transformers' loader takes them in place of its own (`state_dict=`) and slices them by the placement of each parameter.
-Safetensors are read with pread: what a rank reads is what it asked for, to the byte, and no page of the file is mapped
-into it. (safetensors' own pread backend, 0.8, reads a whole tensor to give a slice of it.)
+Files are read with pread: what a rank reads is what it asked for, to the byte, and no page of a file is mapped into it.
+(safetensors' own pread backend, 0.8, reads a whole tensor to give a slice of it; torch.load maps the whole file.)
 """
 
 import json
 import os
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import _get_resolved_checkpoint_files, str_to_torch_dtype
 
 from lora_dist.config import UserError
@@ -76,23 +78,31 @@ def open_weights(files: list[Path]) -> dict[str, LazyTensor]:
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
-    descriptor = os.open(file, os.O_RDONLY)  # for the process's lifetime: a base is loaded once
-    size = os.fstat(descriptor).st_size
+    size = file.stat().st_size
     try:
-        (header_size,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
-        header = json.loads(os.pread(descriptor, min(header_size, size), 8))
+        with open(file, "rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(header_size, size)))
         header.pop("__metadata__", None)
         complete = max((e["data_offsets"][1] for e in header.values()), default=0) + 8 + header_size <= size
     except (struct.error, ValueError):
         complete = False
     if not complete:
         raise UserError(f"--model_name_or_path {file}: cut short or damaged; get the file again")
-    return {name: _in_file(descriptor, 8 + header_size, entry) for name, entry in header.items()}
+    places = {
+        name: (tuple(e["shape"]), str_to_torch_dtype[e["dtype"]], 8 + header_size + e["data_offsets"][0])
+        for name, e in header.items()
+    }
+    return _lazy_tensors(file, places)
 
 
-def _in_file(descriptor: int, start: int, entry: dict) -> LazyTensor:
-    shape, dtype = tuple(entry["shape"]), str_to_torch_dtype[entry["dtype"]]
-    start += entry["data_offsets"][0]
+def _lazy_tensors(file: Path, places: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
+    """Name to tensor of a file, from the shape, dtype and first byte of each."""
+    descriptor = os.open(file, os.O_RDONLY)  # for the process's lifetime: a base is loaded once
+    return {name: _in_file(descriptor, *place) for name, place in places.items()}
+
+
+def _in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
     row_numel = torch.Size(shape[1:]).numel()
 
     def read(rows, columns):
@@ -100,9 +110,8 @@ def _in_file(descriptor: int, start: int, entry: dict) -> LazyTensor:
         num_rows = max(0, last - first)
         if columns == slice(None):
             offset = start + first * row_numel * dtype.itemsize
-            return _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])[
-                ... if shape else 0
-            ]
+            block = _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])
+            return block if shape else block[0]
         left, right, _ = columns.indices(shape[1])
         pieces = [
             _pread(descriptor, right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)
@@ -125,21 +134,21 @@ def _pread(descriptor: int, numel: int, dtype: torch.dtype, offset: int) -> torc
 
 
 def _open_bin(file: Path) -> dict[str, LazyTensor]:
+    """torch's own reading of its zip, without the data: on fake tensors it leaves where in the file each one lies."""
     try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, ValueError) as error:
+        with FakeTensorMode():
+            tensors = torch.load(file, weights_only=True)
+        return _lazy_tensors(file, {name: _place_in_zip(tensor) for name, tensor in tensors.items()})
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {file}: cannot be mapped into memory: {reason}") from None
-    return {name: _mapped(tensor) for name, tensor in tensors.items()}
+        raise UserError(f"--model_name_or_path {file}: {reason}; save the model as safetensors") from None
 
 
-def _mapped(tensor: torch.Tensor) -> LazyTensor:
-    # The copy: a view would keep the mapping of the whole file.
-    return LazyTensor(
-        tuple(tensor.shape),
-        tensor.dtype,
-        lambda rows, columns: (tensor[rows] if columns == slice(None) else tensor[rows, columns]).clone(),
-    )
+def _place_in_zip(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
+    start = tensor.untyped_storage()._checkpoint_offset
+    if start is None or not tensor.is_contiguous():
+        raise ValueError("its tensors do not lie in the file row by row")
+    return tuple(tensor.shape), tensor.dtype, start + tensor.storage_offset() * tensor.element_size()
 
 
 @dataclass(frozen=True)

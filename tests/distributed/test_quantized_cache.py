@@ -162,7 +162,7 @@ def test_a_stale_or_partial_cache_is_made_anew(tmp_path, spoiler, capfd):
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="--quantized_cache .*: holds other files"):
+    with pytest.raises(UserError, match="holds files that are no quantized base"):
         load_cached_base(
             str(BASE_DIR), cache=str(tmp_path), quantization="int8", dtype=torch.float32, device=CPU,
             placement=Placement(),
