@@ -1,0 +1,83 @@
+"""The dials of the config become a placement, or an error that says what would work."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lora_dist.base_model import base_bytes, meta_model
+from lora_dist.config import TrainConfig, UserError
+from lora_dist.placement import choose_placement, layers_that_fit, peak_bytes
+from lora_dist.sharding import decoder_layers
+from lora_dist.strategies import STRATEGIES, Placement
+
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def skeleton():
+    return meta_model("embedded", "int8", DTYPE)
+
+
+def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkeypatch=None, **settings):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    config = dataclasses.replace(config, **settings)
+    return choose_placement(STRATEGIES[strategy], config, skeleton, num_ranks=num_ranks, dtype=DTYPE)
+
+
+@pytest.mark.parametrize(
+    "strategy, settings, expected",
+    [
+        ("fsdp", {}, Placement(shard_ranks=4)),  # a copy a node: the base never crosses nodes
+        ("fsdp", {"shard_size": 8}, Placement(shard_ranks=8)),
+        ("fsdp", {"shard_size": 2, "resident_layers": "3"}, Placement(shard_ranks=2, resident_layers=3)),
+        ("fsdp", {"gather_once": True}, Placement(shard_ranks=4, gather_once=True)),
+        ("fsdp", {"resident_layers": "all"}, Placement()),
+        ("ddp", {}, Placement()),
+    ],
+)
+def test_placements(skeleton, config, monkeypatch, strategy, settings, expected):
+    assert choose(skeleton, config, strategy, monkeypatch=monkeypatch, **settings) == expected
+
+
+def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert choose(skeleton, config, monkeypatch=monkeypatch) == Placement(shard_ranks=4, offload=True)
+
+
+@pytest.mark.parametrize(
+    "strategy, settings, words",
+    [
+        ("fsdp", {"shard_size": 3}, "--shard_size 3: must divide the 8 ranks"),
+        ("fsdp", {"shard_size": 1}, "--shard_size 1: shards nothing"),
+        ("fsdp", {"resident_layers": "4"}, "--resident_layers 4: the model has 4 layers"),
+        ("fsdp", {"resident_layers": "all", "gather_once": True}, "--gather_once True: has no effect"),
+        ("ddp", {"shard_size": 2}, "--shard_size 2: has no effect under ddp"),
+        ("single", {"gather_once": True}, "--gather_once True: has no effect under single"),
+        ("fsdp", {"resident_layers": "auto", "memory_budget_gib": 1e-3}, "--memory_budget_gib 0.001: .* estimated"),
+    ],
+)
+def test_what_cannot_be_had(skeleton, config, monkeypatch, strategy, settings, words):
+    with pytest.raises(UserError, match=words):
+        choose(skeleton, config, strategy, monkeypatch=monkeypatch, **settings)
+
+
+def fit(skeleton, config: TrainConfig, budget: int) -> int:
+    return layers_that_fit(skeleton, config, 2, 2, DTYPE, budget)
+
+
+def test_auto_takes_as_many_layers_as_the_budget_allows(skeleton, config):
+    peaks = [peak_bytes(skeleton, config, 2, 2, DTYPE, resident) for resident in range(4)]
+    layer = base_bytes(decoder_layers(skeleton)[0]).total
+    assert [later - earlier for earlier, later in zip(peaks, peaks[1:], strict=False)] == [layer / 2] * 3
+    assert [fit(skeleton, config, budget) for budget in (peaks[0], peaks[2] - 1, peaks[2], 2 * peaks[3])] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch):
+    placement = choose(skeleton, config, monkeypatch=monkeypatch, resident_layers="auto")
+    assert placement == Placement(shard_ranks=4, resident_layers=3)  # this machine has room for a tiny base
