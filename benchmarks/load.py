@@ -81,7 +81,8 @@ def main():
                     ranks = run_ranks(on_rank, num_ranks, load, quantization, base, cached and cache, timeout_s=600)
                     results[kind].append(max(rank[0] for rank in ranks))
                     worst = [max(values) for values in zip(*ranks, strict=True)]
-                    results[kind + " worst"] = [max(a, b) for a, b in zip(worst, results.get(kind + " worst", worst))]
+                    sofar = results.get(kind + " worst", worst)
+                    results[kind + " worst"] = [max(pair) for pair in zip(worst, sofar, strict=True)]
             reference = median(results["transformers + bitsandbytes, every rank all"])
             for kind in kinds:
                 _, read, anonymous, resident, held = results[kind + " worst"]
@@ -92,17 +93,13 @@ def main():
     shutil.rmtree(folder)
     what = (
         f"A random Llama of {NUM_LAYERS} layers, {mb(size)} MB in fp16, to bf16 and the packed format. Seconds: of the "
-        f"slowest rank, median of {REPEATS} interleaved rounds, and as a ratio to the last kind. Bytes: of the rank with "
-        "most. Read: with read and pread, as the kernel counts; transformers maps the file, which it does not count. "
-        "Peaks: above the start of the load; resident includes mapped file pages."
+        f"slowest rank, median of {REPEATS} interleaved rounds, and as a ratio to the last kind. Bytes: of the rank "
+        "with most. Read: with read and pread, as the kernel counts; transformers maps the file, which it does not "
+        "count. Peaks: above the start of the load; resident includes mapped file pages."
     )
+    columns = ["format", "ranks", "how", "s", "ratio", "read MB", "peak anonymous MB", "peak resident MB", "held MB"]
     print(header("Loading on CPU", "python benchmarks/load.py", what))
-    print(
-        table(
-            ["format", "ranks", "how", "s", "ratio", "read MB", "peak anonymous MB", "peak resident MB", "held MB"],
-            rows,
-        )
-    )
+    print(table(columns, rows))
     print("Raw:\n\n" + "\n".join(f"- {line}" for line in raw))
 
 
