@@ -100,11 +100,12 @@ def main():
         rows.append([name, mb(held), mb(gathered), mb(peak), estimate, f"{median(times[name]) / slowest:.2f}"])
     shutil.rmtree(folder)
     what = (
-        f"A random Llama of {NUM_LAYERS} layers, hidden {HIDDEN}, vocabulary {VOCAB}, int8, bf16, LoRA r=16 on q and v, "
-        f"gradient checkpointing; an optimizer step is {ACCUMULATION} micro-batches a rank of 2 x {LENGTH} tokens. Loss and "
-        "gradient norm of all steps are the same bits in all rows (asserted). Gathered: all-gather output per rank and "
-        "optimizer step. Peak: of live bytes in a step, by torch's profiler. Estimate: what --resident_layers auto "
-        f"reckons with. Time: median of {ROUNDS} interleaved rounds of {STEPS} steps, as a ratio to the first row."
+        f"A random Llama of {NUM_LAYERS} layers, hidden {HIDDEN}, vocabulary {VOCAB}, int8, bf16, LoRA r=16 on q and "
+        f"v, gradient checkpointing; an optimizer step is {ACCUMULATION} micro-batches a rank of 2 x {LENGTH} tokens. "
+        "Loss and gradient norm of all steps are the same bits in all rows (asserted). Gathered: all-gather output per "
+        "rank and optimizer step. Peak: of live bytes in a step, by torch's profiler. Estimate: what "
+        f"--resident_layers auto reckons with. Time: median of {ROUNDS} interleaved rounds of {STEPS} steps, as a "
+        "ratio to the first row."
     )
     print(header("The residency dial on CPU, 2 ranks over gloo", "python benchmarks/residency.py", what))
     print(table(["placement", "base held MB", "gathered MB", "peak MB", "estimate MB", "time"], rows))

@@ -1,11 +1,13 @@
 """What the sharded base is compared with: bitsandbytes and PEFT on one process."""
 
+from functools import partial
+
 import bitsandbytes.functional as F
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_dist.adapters import trainable_parameters
+from lora_dist.adapters import is_trained, trainable_parameters
 from lora_dist.base_model import keep_norms_in_fp32, load_base
 from lora_dist.data import collate
 from lora_dist.embedded import BASE_DIR
@@ -73,7 +75,10 @@ def randomize(model):
         param.data.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
 
 
-def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", **placement):
-    """Ours, over all ranks unless `placement` says otherwise."""
+def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", config=None, **placement):
+    """Ours, over all ranks unless `placement` says otherwise. `config`: says what of the base will be trained."""
     placement = {"shard_ranks": dist.get_world_size() if dist.is_initialized() else 1} | placement
-    return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement))
+    trained = {"is_trained": partial(is_trained, config)} if config else {}
+    return load_base(
+        str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement), **trained
+    )

@@ -1,11 +1,11 @@
 """LoRA's options on a sharded base: the same loss and gradients as PEFT on bitsandbytes on one process."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from families import make_checkpoint
 from parity import CPU, load_sharded, load_unsharded, loss_and_gradients, randomize
 from ranks import run_ranks
@@ -20,10 +20,11 @@ from lora_dist.adapters import (
     trainable_parameters,
     verify_adapter,
 )
-from lora_dist.base_model import load_base, meta_model
+from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import UserError
-from lora_dist.data import collate, load_tokenizer
-from lora_dist.strategies import Placement
+from lora_dist.data import MicroBatches, collate, load_tokenizer
+from lora_dist.run_folder import RunFolder
+from lora_dist.train import Training
 
 # name: (family, settings, parameters that train beside lora_A and lora_B)
 OPTIONS = {
@@ -45,11 +46,8 @@ def _adapted(config, model, perturb=True):
 
 
 def _on_rank(rank, config, quantization, path, folder):
-    num_ranks = dist.get_world_size()
-    model = load_base(
-        str(path), quantization=quantization, dtype=torch.float32, device=CPU,
-        placement=Placement(shard_ranks=num_ranks), is_trained=partial(is_trained, config),
-    )  # fmt: skip
+    model = load_sharded(quantization, path=path, config=config)
+    assert dist.get_world_size() == 2
     model = _adapted(config, model, perturb=False)
     check_identical(model, CPU)
     fresh = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
@@ -99,3 +97,18 @@ def test_modules_that_cannot_be_trained_whole_are_refused(config, tmp_path, fami
     skeleton = meta_model(str(make_checkpoint(family, tmp_path)), "int8", torch.float32)
     with pytest.raises(UserError, match=f"--modules_to_save {modules[0]}: {why}"):
         check_targets(skeleton, dataclasses.replace(config, modules_to_save=modules))
+
+
+def _learning_rates_on_rank(rank, config, folder):
+    model = add_adapters(load_sharded("int8"), config)
+    batches = MicroBatches([[1, 2]], pad_token_id=0, seed=0, sequences=1, per_step=1)
+    run = Training(model, None, config, Accelerator(cpu=True), batches, [], RunFolder(folder), base_bytes(model))
+    lr_of = {id(param): group["initial_lr"] for group in run.optimizer.param_groups for param in group["params"]}
+    return {name: lr_of[id(param)] for name, param in trainable_parameters(model).items()}
+
+
+def test_loraplus_gives_lora_b_a_learning_rate_of_its_own(config, tmp_path):
+    config = dataclasses.replace(config, loraplus_lr_ratio=16.0, weight_decay=0.01)
+    (rates,) = run_ranks(_learning_rates_on_rank, 1, config, tmp_path)
+    assert len(rates) == 16
+    assert all(rate == config.learning_rate * (16 if "lora_B" in name else 1) for name, rate in rates.items())

@@ -34,7 +34,7 @@ def _train_on_rank(rank, config, mixed_precision, resident_layers, folder, loss_
     assert num_ranks == dist.get_world_size() and accelerator.process_index == rank
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
     placement = {"shard_ranks": 1} if resident_layers == "all" else {"resident_layers": resident_layers}
-    model = load_sharded(config.quantization, dtype, **placement)
+    model = load_sharded(config.quantization, dtype, config=config, **placement)
     base = base_bytes(model)
     assert len(sharded_modules(model)) == (0 if resident_layers == "all" else 4 - resident_layers + 1)
     if resident_layers == 0:
@@ -71,6 +71,18 @@ def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantizat
     sha256, steps, evaluation = outcomes[1, "all"]
     assert all(norm > config.max_grad_norm for _, norm in steps) and steps[0][0] > steps[-1][0] and evaluation > 0
     assert {placement: result for placement, result in outcomes.items() if result != (sha256, steps, evaluation)} == {}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_bias": "all", "loraplus_lr_ratio": 16.0}, {"use_dora": True, "use_rslora": True}], ids=str
+)
+def test_one_adapter_with_loras_options(config, tmp_path, settings):
+    config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05, **settings)
+    outcomes = [
+        run_ranks(_train_on_rank, num_ranks, config, "bf16", resident_layers, tmp_path)
+        for num_ranks, resident_layers in ((1, "all"), (2, 0), (3, 2))
+    ]
+    assert len({result for ranks in outcomes for result in map(str, ranks)}) == 1
 
 
 def test_loss_scaling_as_for_fp16_changes_no_bit(config, tmp_path):
