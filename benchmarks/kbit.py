@@ -16,10 +16,11 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig
 
 from lora_dist.adapters import add_adapters, trainable_parameters
-from lora_dist.base_model import keep_norms_in_fp32, load_base
+from lora_dist.base_model import load_base
 from lora_dist.config import TrainConfig
 from lora_dist.data import MicroBatches, load_texts, load_tokenizer, random_key, tokenize
 from lora_dist.embedded import BASE_DIR
+from lora_dist.packing import keep_norms_in_fp32
 from lora_dist.strategies import Placement
 from lora_dist.train import summed_loss
 

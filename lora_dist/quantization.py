@@ -1,9 +1,9 @@
 """Frozen weights in bitsandbytes' formats, as packed integer parameters that torch's FSDP2 can shard by rows.
 
-The only module that knows bitsandbytes. Its kernels do the arithmetic; what is ours is that every packed part is a
-plain frozen `nn.Parameter` of an integer dtype, so that it shards, gathers and survives `.to(bfloat16)` unchanged, and
-that backward saves nothing but those parts. fp32 scales are stored as their int32 bits: `model.to(bf16)` and mixed
-precision policies would round float parameters silently.
+The only module that calls bitsandbytes' kernels, which do the arithmetic (`serialization` knows its files). What is ours
+is that every packed part is a plain frozen `nn.Parameter` of an integer dtype, so that it shards, gathers and survives
+`.to(bfloat16)` unchanged, and that backward saves nothing but those parts. fp32 scales are stored as their int32 bits:
+`model.to(bf16)` and mixed precision policies would round float parameters silently.
 
 Row r of a weight is packed from row r alone (int8), or from whole blocks of 64 values that never cross a row (NF4,
 where in_features is a multiple of 64), so any rank can quantize its rows and get the bits of the whole.
@@ -11,8 +11,6 @@ where in_features is a multiple of 64), so any rank can quantize its rows and ge
 Shapes: O = out_features, I = in_features, E = experts, R = rows of this rank (of O, or of E).
 """
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,11 +18,9 @@ from typing import ClassVar
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 
 from lora_dist.config import UserError
-from lora_dist.weights import LazyTensor, OwnRows
 
 _ops = torch.ops.bitsandbytes
 
@@ -311,84 +307,3 @@ def experts_forward(
         hidden = hidden * top_k_weights[token, slot, None]
         out.index_add_(0, token, hidden.to(out.dtype))
     return out
-
-
-def read_bitsandbytes(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """A checkpoint's tensors, with bitsandbytes' entries in it presented as the packed parts above.
-
-    bitsandbytes writes a 4-bit weight as one column (O * I / 2, 1) with its state beside it, an int8 one with `SCB`.
-    Raises UserError where a weight is in a 4-bit format other than NF4 with blocks of 64.
-    """
-    parts = dict(tensors)
-    for name in tensors:
-        if name.endswith(".SCB"):
-            stem = name.removesuffix(".SCB")
-            weight = stem if stem in tensors else f"{stem}.weight"
-            parts[f"{weight}_scale"] = parts.pop(name).viewed(torch.int32)
-            parts.pop(f"{stem}.weight_format", None)
-        elif ".quant_state.bitsandbytes__" in name:
-            weight = name[: name.index(".quant_state.")]
-            state = json.loads(bytes(parts.pop(name)[...].tolist()))
-            _check_format(weight, state, parts.pop(f"{weight}.quant_map")[...])
-            *rows, in_features = state["shape"]
-            codes = parts[weight]  # some are stored as bfloat16, for FSDP1
-            parts[weight] = codes.as_rows(*rows, in_features // 2 // codes.dtype.itemsize).viewed(torch.uint8)
-            absmax = parts.pop(f"{weight}.absmax").as_rows(*rows, in_features // 64)
-            parts[f"{weight}_absmax"] = absmax if absmax.dtype == torch.uint8 else absmax.viewed(torch.int32)
-            if "nested_offset" in state:
-                parts[f"{weight}_nested"] = _nested(state["nested_offset"], parts.pop(f"{weight}.nested_absmax"))
-                parts.pop(f"{weight}.nested_quant_map")
-    return parts
-
-
-def write_bitsandbytes(
-    name: str, packed: Packed, parts: list[OwnRows], nested: torch.Tensor | None, dtype: torch.dtype, writes: bool
-) -> dict[str, OwnRows]:
-    """The entries bitsandbytes writes for a packed weight: what `read_bitsandbytes` reads, and transformers too.
-
-    `nested`: the whole of it, where the kind has one. `dtype`: what the weight dequantizes to. `writes`: whether this
-    rank writes what is not shared.
-    """
-    if packed.kind is Int8:
-        stem = name.removesuffix(".weight")
-        weight_format = _own(torch.tensor(0, dtype=torch.uint8), writes)
-        scale = dataclasses.replace(parts[1], dtype=torch.float32)
-        entries = {name: parts[0], f"{stem}.SCB": scale}
-        return entries | ({f"{stem}.weight_format": weight_format} if stem != name else {})
-    scales = None
-    if nested is not None:
-        code = NF4Double.code(nested.device)
-        scales = QuantState(absmax=nested[1:], code=code, blocksize=256, dtype=torch.float32)
-    state = QuantState(
-        absmax=torch.empty(0), shape=torch.Size(packed.shape), code=bnb_functional.get_4bit_type("nf4", device="cpu"),
-        blocksize=64, quant_type="nf4", dtype=dtype, offset=None if nested is None else nested[0], state2=scales,
-    )  # fmt: skip
-    entries = {key: _own(value.cpu(), writes) for key, value in state.as_dict(packed=True).items()}
-    entries["absmax"] = dataclasses.replace(
-        parts[1], shape=(torch.Size(parts[1].shape).numel(),),
-        dtype=torch.uint8 if packed.kind.double_quantized else torch.float32,
-    )  # fmt: skip
-    column = dataclasses.replace(parts[0], shape=(torch.Size(parts[0].shape).numel(), 1))
-    return {name: column} | {f"{name}.{key}": value for key, value in entries.items()}
-
-
-def _own(tensor: torch.Tensor, writes: bool) -> OwnRows:
-    return OwnRows(tuple(tensor.shape), tensor.dtype, tensor if writes else tensor.flatten()[:0])
-
-
-def _nested(offset: float, absmax: LazyTensor) -> LazyTensor:
-    def read(rows, columns):
-        return torch.cat([torch.tensor([offset]), absmax[...]])[rows].view(torch.int32)
-
-    return LazyTensor((1 + absmax.shape[0],), torch.int32, read)
-
-
-def _check_format(name: str, state: dict, quant_map: torch.Tensor) -> None:
-    sizes = (state["blocksize"], state.get("nested_blocksize", 256))
-    if state["quant_type"] != "nf4" or sizes != (64, 256):
-        raise UserError(
-            f"--model_name_or_path: {name} is stored as {state['quant_type']} in blocks of {sizes[0]}; "
-            "only nf4 in blocks of 64 can be sharded: take the unquantized model"
-        )
-    if not torch.equal(quant_map, bnb_functional.get_4bit_type("nf4", device="cpu")):
-        raise UserError(f"--model_name_or_path: {name} has an NF4 code of its own; take the unquantized model")

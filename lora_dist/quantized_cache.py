@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_dist.base_model import load_base
 from lora_dist.config import UserError, require
 from lora_dist.data import load_tokenizer
 from lora_dist.embedded import model_path
 from lora_dist.manifest import describe_file, files_of, is_complete, write_manifest, write_whole
-from lora_dist.quantization import FrozenLinear, Int8, packed_weights, write_bitsandbytes
+from lora_dist.quantization import packed_weights
+from lora_dist.serialization import bitsandbytes_config, write_bitsandbytes
 from lora_dist.weights import OwnRows, weight_files, write_safetensors
 
 FORMAT = 1
@@ -129,23 +130,6 @@ def own_rows(tensor: torch.Tensor) -> OwnRows:
         local = local[:0]
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return OwnRows(shape, dtype, local, offset[0] * torch.Size(shape[1:]).numel() if len(local) else 0)
-
-
-def bitsandbytes_config(model: PreTrainedModel, dtype: torch.dtype) -> dict:
-    """transformers' quantization_config of the model; what is not packed is named, so that it leaves that too."""
-    packed = next(p for module in model.modules() for p in packed_weights(module).values())
-    left = [
-        name for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, FrozenLinear)
-    ]  # fmt: skip
-    if packed.kind is Int8:
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=packed.kind.double_quantized, llm_int8_skip_modules=left,
-        )  # fmt: skip
-    return config.to_dict()
 
 
 def _rank() -> int:

@@ -18,9 +18,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import get_token, upload_folder
 
 from lora_dist.adapters import parameter_counts
-from lora_dist.base_model import quantized_share
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.embedded import EMBEDDED
+from lora_dist.packing import quantized_share
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
 from lora_dist.strategies import Strategy, world_size

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_dist.adapters import is_trained, trainable_parameters
-from lora_dist.base_model import keep_norms_in_fp32, load_base
+from lora_dist.base_model import load_base
 from lora_dist.data import collate
 from lora_dist.embedded import BASE_DIR
+from lora_dist.packing import keep_norms_in_fp32
 from lora_dist.strategies import Placement
 from lora_dist.train import summed_loss
 

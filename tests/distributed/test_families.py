@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from lora_dist.adapters import add_adapters
-from lora_dist.base_model import base_bytes, meta_model, quantized_share
+from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import UserError
+from lora_dist.packing import quantized_share
 
 FAMILIES = list(CONFIGS)
 FAMILIES.remove("falcon")

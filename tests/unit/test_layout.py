@@ -8,8 +8,9 @@ import yaml
 from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-ORDER = """__init__ embedded preemption config strategies data manifest weights quantization sharding base_model
-    quantized_cache placement adapters reduction run_folder metrics report train session cli""".split()
+ORDER = """__init__ embedded preemption config strategies data manifest weights quantization
+    serialization sharding packing base_model quantized_cache placement adapters reduction
+    run_folder metrics report train session cli""".split()
 
 
 def test_modules_import_only_earlier_ones():
