@@ -78,7 +78,9 @@ def main():
             results = {kind: [] for kind in kinds}
             for _ in range(REPEATS):
                 for kind, (load, cached) in kinds.items():
-                    ranks = run_ranks(on_rank, num_ranks, load, quantization, base, cached and cache, timeout_s=600)
+                    ranks = run_ranks(
+                        on_rank, num_ranks, load, quantization, base, cache if cached else None, timeout_s=600
+                    )
                     results[kind].append(max(rank[0] for rank in ranks))
                     worst = [max(values) for values in zip(*ranks, strict=True)]
                     sofar = results.get(kind + " worst", worst)

@@ -1,7 +1,7 @@
 """Frozen weights in bitsandbytes' formats, as packed integer parameters that torch's FSDP2 can shard by rows.
 
-The only module that calls bitsandbytes' kernels, which do the arithmetic (`serialization` knows its files). What is ours
-is that every packed part is a plain frozen `nn.Parameter` of an integer dtype, so that it shards, gathers and survives
+The only module that calls bitsandbytes' kernels, which do the arithmetic (`serialization` knows its files). Ours is
+that every packed part is a plain frozen `nn.Parameter` of an integer dtype, so that it shards, gathers and survives
 `.to(bfloat16)` unchanged, and that backward saves nothing but those parts. fp32 scales are stored as their int32 bits:
 `model.to(bf16)` and mixed precision policies would round float parameters silently.
 
