@@ -63,6 +63,11 @@ class BaseLoad:
     stored: StoredFormat | None
     is_trained: Callable[[str], bool]
 
+    @property
+    def where(self) -> torch.device:
+        """Where the parameters go; `device` is where they are quantized and computed with."""
+        return torch.device("cpu") if self.placement.offload else self.device
+
     def __deepcopy__(self, memo):  # transformers copies configs
         return self
 
@@ -92,14 +97,18 @@ class QuantizeRows(ConversionOps):
 class StackExperts(MergeModulelist):
     """MergeModulelist for a rank that owns no expert of a layer: an empty stack of the right shape."""
 
+    def __init__(self, dim: int, device: torch.device):
+        super().__init__(dim)
+        self.device = device
+
     def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         if any(input_dict.values()):
             return super().convert(input_dict, **kwargs)
         module, name = get_module_from_name(model, full_layer_name)
-        packed = packed_weights(module).get(name)
-        _, out_features, in_features = packed.shape if packed else getattr(module, name).shape
+        packed, param = packed_weights(module).get(name), getattr(module, name)
+        (_, out_features, in_features), dtype = (packed.shape, None) if packed else (param.shape, param.dtype)
         rows = out_features // len(input_dict)  # gate and up are concatenated to one afterwards
-        stacks = {pattern: [torch.empty(rows, in_features)] for pattern in input_dict}
+        stacks = {pattern: [torch.empty(rows, in_features, dtype=dtype, device=self.device)] for pattern in input_dict}
         return {pattern: stack[:0] for pattern, stack in super().convert(stacks, **kwargs).items()}
 
 
@@ -141,7 +150,8 @@ class FrozenQuantizer(HfQuantizer):
         for converter in weight_conversions:
             if isinstance(converter, WeightConverter):
                 converter.operations = [
-                    StackExperts(op.dim) if type(op) is MergeModulelist else op for op in converter.operations
+                    StackExperts(op.dim, self.quantization_config.load.where) if type(op) is MergeModulelist else op
+                    for op in converter.operations
                 ]
         return weight_conversions
 
@@ -201,7 +211,7 @@ def load_base(
     tensors = read_bitsandbytes(open_weights(weight_files(name)))
     load = BaseLoad(quantization, placement, device, tensors, stored, is_trained)
     model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, dtype=dtype, device_map={"": "cpu" if placement.offload else device},
+        None, config=config, dtype=dtype, device_map={"": load.where},
         state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
     )  # fmt: skip
     missing = sorted(loaded["missing_keys"])

@@ -121,3 +121,16 @@ def agree(placement: Placement, device: torch.device) -> Placement:
     fewest = torch.tensor(placement.resident_layers, device=device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
     return dataclasses.replace(placement, resident_layers=int(fewest))
+
+
+def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:
+    if placement.shard_ranks == 1:
+        return "whole on each rank"
+    copies = num_ranks // placement.shard_ranks
+    words = [f"shared by {placement.shard_ranks} ranks" + (f", {copies} copies" if copies > 1 else "")]
+    words.append(f"{placement.resident_layers} of {num_layers} layers whole on each rank")
+    if placement.offload:
+        words.append("shards in host memory")
+    if placement.gather_once:
+        words.append("gathered once a step")
+    return ", ".join(words)

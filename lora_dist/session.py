@@ -21,9 +21,11 @@ from lora_dist.adapters import parameter_counts
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.embedded import EMBEDDED
 from lora_dist.packing import quantized_share
+from lora_dist.placement import describe
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
-from lora_dist.strategies import Strategy, world_size
+from lora_dist.sharding import decoder_layers
+from lora_dist.strategies import Placement, Strategy, world_size
 from lora_dist.train import Training, peak_memory_bytes, save_adapter_checked
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,7 +110,7 @@ def _open_run_folder(config: TrainConfig, recipe: str, accelerator: Accelerator)
     return RunFolder(Path(answer[0]))
 
 
-def banner(run: Training, strategy: Strategy) -> str:
+def banner(run: Training, strategy: Strategy, placement: Placement) -> str:
     """What was decided, once, before the first step."""
     config, device, ranks = run.config, run.accelerator.device.type, run.accelerator.num_processes
     trainable, total = parameter_counts(run.model)
@@ -116,6 +118,7 @@ def banner(run: Training, strategy: Strategy) -> str:
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
         f"strategy: {strategy.name} ({strategy.summary})",
+        f"placement: {describe(placement, len(decoder_layers(run.model)), ranks)}",
         f"ranks: {ranks} on {device}, mixed precision {run.accelerator.mixed_precision}",
         f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {held(run)}",
         f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches"

@@ -67,10 +67,10 @@ def main(config: TrainConfig) -> None:
         accelerator.print(decision)
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
-        started = time.perf_counter()
+        placement, started = agree(placement, accelerator.device), time.perf_counter()
         model = load_cached_base(
             config.model_name_or_path, quantization=config.quantization, dtype=dtype, device=accelerator.device,
-            placement=agree(placement, accelerator.device), is_trained=partial(is_trained, config),
+            placement=placement, is_trained=partial(is_trained, config),
             cache=config.quantized_cache,
         )  # fmt: skip
         base, load_s = base_bytes(model), time.perf_counter() - started
@@ -83,7 +83,7 @@ def main(config: TrainConfig) -> None:
             sequences=config.per_device_train_batch_size, per_step=config.gradient_accumulation_steps * num_ranks,
         )  # fmt: skip
         run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, folder, base)
-        accelerator.print(session.banner(run, strategy))
+        accelerator.print(session.banner(run, strategy, placement))
         samples = {"before": complete(run, config.sample_prompt)}
         with MetricsLog(folder, accelerator, config, session.wandb_config(config, strategy, accelerator)) as metrics:
             measured = train(run, metrics)

@@ -22,7 +22,7 @@ def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR):
     """What transformers and bitsandbytes make of a base, without our code."""
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes_config(quantization, dtype),
-        experts_implementation="eager",
+        **({} if quantization == "none" else {"experts_implementation": "eager"}),
     )  # fmt: skip
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):

@@ -26,9 +26,9 @@ def _adapted(config, model):
     return model
 
 
-def _step_on_rank(rank, config, quantization, path):
+def _step_on_rank(rank, config, quantization, path, dtype=torch.float32):
     num_ranks = dist.get_world_size()
-    model = load_sharded(quantization, path=path)
+    model = load_sharded(quantization, dtype, path)
     base = base_bytes(model)
     if num_ranks > 1:
         assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -38,11 +38,11 @@ def _step_on_rank(rank, config, quantization, path):
     return loss_and_gradients(_adapted(config, model))
 
 
-def _assert_equal_to_one_process(config, quantization, num_ranks, path):
-    reference = _adapted(config, load_unsharded(quantization, torch.float32, path))
+def _assert_equal_to_one_process(config, quantization, num_ranks, path, dtype=torch.float32):
+    reference = _adapted(config, load_unsharded(quantization, dtype, path))
     loss, gradients = loss_and_gradients(reference)
     assert torch.isfinite(loss) and all(g.any() for g in gradients.values())
-    for rank_loss, rank_gradients in run_ranks(_step_on_rank, num_ranks, config, quantization, path):
+    for rank_loss, rank_gradients in run_ranks(_step_on_rank, num_ranks, config, quantization, path, dtype):
         assert torch.equal(rank_loss, loss)
         assert rank_gradients.keys() == gradients.keys()
         assert [n for n, g in rank_gradients.items() if not torch.equal(g, gradients[n])] == []
@@ -84,7 +84,7 @@ def test_what_cannot_be_quantized_is_refused_and_named(tmp_path):
 def test_ranks_that_own_no_expert_of_a_layer(config, tmp_path, quantization):
     """4 experts on 5 ranks: experts are sharded whole, so one rank has none."""
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
-    _assert_equal_to_one_process(config, quantization, 5, make_checkpoint("mixtral", tmp_path))
+    _assert_equal_to_one_process(config, quantization, 5, make_checkpoint("mixtral", tmp_path), torch.bfloat16)
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
