@@ -70,7 +70,7 @@ def header(title: str, command: str, what: str) -> str:
     cores = len(re.findall("^processor", Path("/proc/cpuinfo").read_text(), re.M))
     return (
         f"# {title}\n\n    {command}\n\n{what}\n\n{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores (shared), "
-        f"Python {platform.python_version()}, {versions}. No GPU: not run there.\n"
+        f"Python {platform.python_version()}, {versions}.\n"
     )
 
 

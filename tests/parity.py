@@ -18,10 +18,10 @@ from lora_dist.train import summed_loss
 CPU = torch.device("cpu")
 
 
-def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR):
+def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR, device=CPU):
     """What transformers and bitsandbytes make of a base, without our code."""
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map={"": CPU}, quantization_config=bitsandbytes_config(quantization, dtype),
+        path, dtype=dtype, device_map={"": device}, quantization_config=bitsandbytes_config(quantization, dtype),
         **({} if quantization == "none" else {"experts_implementation": "eager"}),
     )  # fmt: skip
     for module in model.modules():
@@ -33,7 +33,7 @@ def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR):
         if (
             param.dim() == 1 and model.get_parameter(name).dtype == torch.float32
         ):  # as the checkpoint has norms: not rounded on the way
-            model.get_parameter(name).data = param.data
+            model.get_parameter(name).data = param.data.to(device)
     return model
 
 
@@ -57,10 +57,10 @@ def there_and_back(experts: torch.Tensor, quantization: str) -> torch.Tensor:
     return F.dequantize_4bit(codes, state)
 
 
-def loss_and_gradients(model):
+def loss_and_gradients(model, device=CPU):
     """One training step's worth on a ragged batch, with dropout on, at a fixed seed."""
     rows = [list(range(5, 5 + n)) for n in (30, 12, 21)]
-    batch = collate(rows, pad_token_id=1)
+    batch = collate(rows, pad_token_id=1).to(device)
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
@@ -73,7 +73,7 @@ def loss_and_gradients(model):
 def randomize(model):
     """Give lora_A a gradient, which it lacks where lora_B is zero, and undo PEFT's rounding of 4-bit bases' lora_A."""
     for index, param in enumerate(trainable_parameters(model).values()):
-        param.data.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
+        param.data.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(index)) * 0.02)
 
 
 def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", config=None, **placement):
