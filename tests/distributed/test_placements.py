@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from parity import load_sharded, loss_and_gradients, randomize
+from parity import CPU, load_sharded, loss_and_gradients, randomize
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from lora_dist.adapters import add_adapters
 from lora_dist.base_model import base_bytes
+from lora_dist.placement import agree
 from lora_dist.quantization import FrozenLinear
 from lora_dist.sharding import decoder_layers, gathered_bytes, release, sharded_modules
+from lora_dist.strategies import Placement
 
 MICRO_BATCHES = 3
 
@@ -159,3 +161,11 @@ def _fifty_steps_on_rank(rank, config):
 def test_what_is_alive_after_a_step_does_not_grow_over_fifty(config):
     for alive in run_ranks(_fifty_steps_on_rank, 2, config):
         assert alive[-1] <= alive[1], alive
+
+
+def _agree_on_rank(rank):
+    return agree(Placement(shard_ranks=3, resident_layers=(5, 2, 9)[rank]), CPU)
+
+
+def test_all_ranks_take_the_fewest_layers_that_fit_any_of_them():
+    assert run_ranks(_agree_on_rank, 3) == [Placement(shard_ranks=3, resident_layers=2)] * 3

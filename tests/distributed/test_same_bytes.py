@@ -107,22 +107,38 @@ def test_another_seed_gives_other_bytes(config, tmp_path):
     assert first[0] != second[0]
 
 
-def test_single_ddp_and_fsdp_launches_save_the_same_bytes(tmp_path):
-    """Through the real launcher and recipe: one process with twice the accumulation, ddp, fsdp."""
-    adapters, losses = [], []
-    for strategy, accumulation, world_size in (("single", 4, 1), ("ddp", 2, 2), ("fsdp", 2, 2)):
-        folder = tmp_path / strategy
+# name: (strategy, its launcher's flags, the recipe's flags, accumulation, ranks, ranks that share the base)
+LAUNCHES = {
+    "single": ("single", (), (), 4, 1, 1),
+    "ddp": ("ddp", (), (), 2, 2, 1),
+    "fsdp": ("fsdp", (), (), 2, 2, 2),
+    "gather once": ("fsdp", (), ("--gather_once", "true"), 2, 2, 2),
+    "two copies, offloaded": (
+        "fsdp", ("--num_processes", "4", "--fsdp_offload_params", "true"), ("--shard_size", "2"), 1, 4, 2,
+    ),
+}  # fmt: skip
+
+
+def test_launches_save_the_same_bytes(tmp_path):
+    """Through the real launcher and recipe: one process with twice the accumulation, ddp, fsdp and its dials."""
+    adapters, losses, gathered = {}, {}, {}
+    for name, (strategy, launcher_flags, flags, accumulation, num_ranks, shard_ranks) in LAUNCHES.items():
+        folder = tmp_path / name
         launch_recipe(
             strategy,
             *("--max_steps", "3", "--warmup_steps", "1", "--output_dir", str(folder), "--report_to", "none"),
-            *("--gradient_accumulation_steps", str(accumulation), "--max_length", "64"),
+            *("--gradient_accumulation_steps", str(accumulation), "--max_length", "64", *flags),
+            launcher_flags=launcher_flags,
         )
         summary = json.loads((folder / "state.json").read_text())["summary"]
-        assert (summary["strategy"], summary["world_size"]) == (strategy, world_size)
-        assert summary["base_bytes_per_rank"] * (2 if strategy == "fsdp" else 1) == summary["base_bytes_total"]
-        assert (summary["gathered_bytes_per_step"] > 0) == (strategy == "fsdp")
-        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
-        losses.append([summary["loss_first"], summary["loss_last"], summary["eval_loss"]])
-        assert any(t.any() for n, t in load_file(folder / "adapter/adapter_model.safetensors").items() if "lora_B" in n)
-    assert adapters[0] == adapters[1] == adapters[2]
-    assert losses[0] == losses[1] == losses[2]
+        assert (summary["strategy"], summary["world_size"]) == (strategy, num_ranks)
+        assert summary["base_bytes_per_rank"] * shard_ranks == summary["base_bytes_total"]
+        adapters[name] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        losses[name] = [summary["loss_first"], summary["loss_last"], summary["eval_loss"]]
+        gathered[name] = summary["gathered_bytes_per_step"]
+    assert any(t.any() for n, t in load_file(folder / "adapter/adapter_model.safetensors").items() if "lora_B" in n)
+    assert len(set(adapters.values())) == 1
+    assert len({str(loss) for loss in losses.values()}) == 1
+    assert gathered["single"] == gathered["ddp"] == 0
+    assert gathered["gather once"] == summary["base_bytes_total"]
+    assert gathered["fsdp"] == 2 * gathered["two copies, offloaded"] > 3 * gathered["gather once"]

@@ -23,6 +23,9 @@ def _step_on_rank(rank, config, quantization, dtype):
     model = load_sharded(quantization, dtype)
     sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
     assert len(sharded) == len(list(model.parameters()))  # nothing is left whole
+    norms = {name: p.dtype for name, p in model.named_parameters() if "norm" in name}
+    assert len(norms) == 4 * 4 + 2 and set(norms.values()) == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == dtype
     model = add_adapters(model, config)
     randomize(model)
     return loss_and_gradients(model)

@@ -87,6 +87,25 @@ def test_no_input_outlives_a_checkpointed_layer(quantization):
     assert not input_outlives_checkpointed_forward(pack(quantization, nn.Linear(128, 96)))
 
 
+@pytest.mark.parametrize("quantization", KIND_OF)
+def test_no_dequantized_weight_outlives_its_use(quantization, monkeypatch):
+    frozen, made = pack(quantization, nn.Linear(128, 96)), []
+    kind = KIND_OF[quantization]
+    dequantize = kind.dequantize
+
+    def watched(*args):
+        weight = dequantize(*args)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(kind, "dequantize", watched)
+    x = torch.randn(4, 128, requires_grad=True)
+    out = checkpoint(lambda x: frozen(x).sin(), x, use_reentrant=False)
+    assert not any(weight() is not None for weight in made)
+    out.sum().backward()
+    assert made and not any(weight() is not None for weight in made)
+
+
 def test_bitsandbytes_own_int8_linear_keeps_its_input():
     """Why the autograd Function is ours: a change here upstream would make it unnecessary."""
     linear = bnb.nn.Linear8bitLt(128, 96, has_fp16_weights=False)
