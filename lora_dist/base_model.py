@@ -145,7 +145,11 @@ class FrozenQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, weight_name = get_module_from_name(model, param_name)
-        return self.quantization_config.load.stored is None and weight_name in packed_weights(module)
+        packed, load = packed_weights(module).get(weight_name), self.quantization_config.load
+        if packed is None or load.stored is None:
+            return packed is not None
+        # transformers' bitsandbytes left the experts of a checkpoint that it quantized; ours are packed in our cache.
+        return len(packed.shape) == 3 and f"{param_name}{packed.kind.suffixes[1]}" not in load.tensors
 
     def get_quantize_ops(self):
         return QuantizeRows(self.quantization_config.load.device)

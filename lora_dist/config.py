@@ -132,6 +132,8 @@ class TrainConfig:
         valid = resident in ("all", "auto") or resident.isdigit()
         require(valid, "resident_layers", resident, "must be a number, all or auto")
         require(budget is None or budget > 0, "memory_budget_gib", budget, "must be above 0")
+        uncached = self.quantized_cache and self.quantization == "none"
+        require(not uncached, "quantized_cache", self.quantized_cache, "has no effect with --quantization none")
         auto = resident == "auto"
         require(budget is None or auto, "memory_budget_gib", budget, "has no effect without --resident_layers auto")
         require(ratio is None or ratio > 0, "loraplus_lr_ratio", ratio, "must be above 0, e.g. 16")

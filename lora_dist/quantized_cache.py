@@ -36,7 +36,6 @@ def load_cached_base(name: str, *, cache: str | None, quantization: str, dtype: 
     if cache is None:
         return load_base(name, quantization=quantization, dtype=dtype, **how)
     cache = Path(cache)
-    require(quantization != "none", "quantized_cache", cache, "has no effect with --quantization none")
     fingerprint = fingerprint_of(name, quantization, dtype)
     why_not = unusable_because(cache, fingerprint)
     if why_not is None:

@@ -46,7 +46,7 @@ def assert_equal(parameters, expected):
     assert [name for name, value in parameters.items() if not torch.equal(value, expected[name])] == []
 
 
-@pytest.mark.parametrize("family, quantization", families_and_formats("opt", "gpt2", "llama", "gpt_neox"))
+@pytest.mark.parametrize("family, quantization", families_and_formats("opt", "gpt2", "llama", "gpt_neox", "mixtral"))
 def test_what_bitsandbytes_saved_loads_sharded_to_the_bits_we_make(config, tmp_path, family, quantization):
     path = make_checkpoint(family, tmp_path)
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
