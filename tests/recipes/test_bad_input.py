@@ -34,22 +34,6 @@ CASES = {
         ["--resident_layers half", "a number, all or auto"],
     ),
     "budget for nothing": (lambda t: ["--memory_budget_gib", "8"], FSDP, ["--memory_budget_gib 8.0", "auto"]),
-    "budget too small": (
-        lambda t: ["--resident_layers", "auto", "--memory_budget_gib", "0.001"],
-        FSDP,
-        ["--memory_budget_gib 0.001", "estimated", "GiB", "lower --per_device_train_batch_size"],
-    ),
-    "shard size": (lambda t: ["--shard_size", "3"], FSDP, ["--shard_size 3", "must divide the 2 ranks"]),
-    "parallelism config": (
-        lambda t: [],
-        FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
-        ["parallelism_config", "--shard_size"],
-    ),
-    "reshard after forward": (
-        lambda t: [],
-        FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"},
-        ["fsdp_reshard_after_forward: false", "--resident_layers N"],
-    ),
     "tied head": (lambda t: ["--modules_to_save", "lm_head"], FSDP, ["--modules_to_save lm_head", "is tied"]),
     "cache of nothing": (
         lambda t: ["--quantized_cache", "cache", "--quantization", "none"],

@@ -9,7 +9,7 @@ from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.placement import choose_placement, layers_that_fit, peak_bytes
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import STRATEGIES, Placement
+from lora_dist.strategies import STRATEGIES, Placement, launched_strategy
 
 DTYPE = torch.bfloat16
 
@@ -81,3 +81,18 @@ def test_auto_takes_as_many_layers_as_the_budget_allows(skeleton, config):
 def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch):
     placement = choose(skeleton, config, monkeypatch=monkeypatch, resident_layers="auto")
     assert placement == Placement(shard_ranks=4, resident_layers=3)  # this machine has room for a tiny base
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config: .* --shard_size N"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward: false: .* --resident_layers N"),
+    ],
+)
+def test_settings_of_the_accelerate_config_without_effect_are_refused(monkeypatch, env, words):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, value in (launched | env).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        launched_strategy()
