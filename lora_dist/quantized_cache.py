@@ -7,6 +7,7 @@ read.
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -53,7 +54,14 @@ def fingerprint_of(name: str, quantization: str, dtype: torch.dtype) -> dict:
     """What a quantized base depends on: the checkpoint's files and how they are quantized."""
     files = [path.resolve() for path in weight_files(name)]  # in the hub's cache a file is named by its content
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return {"format": FORMAT, "quantization": quantization, "dtype": str(dtype), "files": stats}
+    kernels = version("bitsandbytes")
+    return {
+        "format": FORMAT,
+        "bitsandbytes": kernels,
+        "quantization": quantization,
+        "dtype": str(dtype),
+        "files": stats,
+    }
 
 
 def unusable_because(cache: Path, fingerprint: dict) -> str | None:
@@ -77,16 +85,21 @@ def unusable_because(cache: Path, fingerprint: dict) -> str | None:
 
 def write_cache(model: PreTrainedModel, name: str, cache: Path, fingerprint: dict, dtype: torch.dtype) -> None:
     """Write a loaded base, with its tokenizer, so that `load_base` and transformers can read it. Collective."""
+    tokenizer, problem = load_tokenizer(name), None
     if _rank() == 0:
-        shutil.rmtree(cache, ignore_errors=True)
-        cache.mkdir(parents=True)
-        write_whole(cache / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
-    _barrier()
+        try:
+            shutil.rmtree(cache, ignore_errors=True)
+            cache.mkdir(parents=True)
+            write_whole(cache / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
+        except OSError as error:
+            problem = error.strerror
+    problem = _gather(problem)[0]
+    require(problem is None, "quantized_cache", cache, f"cannot be written: {problem}")
     require(cache.is_dir(), "quantized_cache", cache, "is not there on all ranks; give a disk that they share")
     tensors = stored_tensors(model, dtype)
     write_safetensors(cache, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=_rank() == 0, barrier=_barrier)
     if _rank() == 0:
-        load_tokenizer(name).save_pretrained(cache)
+        tokenizer.save_pretrained(cache)
         model.generation_config.save_pretrained(cache)
         config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("_name_or_path", None)  # a path of this machine

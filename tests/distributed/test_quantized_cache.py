@@ -171,3 +171,13 @@ def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
             placement=Placement(),
         )  # fmt: skip
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def _cannot_write_on_rank(rank, path, cache):
+    with pytest.raises(UserError, match="--quantized_cache .*: cannot be written: Not a directory"):
+        _load_cached_on_rank(rank, "int8", path, cache)
+
+
+def test_a_cache_that_cannot_be_written_is_said_on_all_ranks(tmp_path):
+    (tmp_path / "file").write_text("")
+    run_ranks(_cannot_write_on_rank, 2, BASE_DIR, tmp_path / "file" / "cache")
