@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from families import make_checkpoint
 from parity import load_sharded, load_unsharded, loss_and_gradients, randomize
 from peft import PeftModel
 from ranks import run_ranks
@@ -31,8 +32,11 @@ def _step_on_rank(rank, config, quantization, dtype):
     return loss_and_gradients(model)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, num_ranks",
+    [(torch.float32, 2), (torch.float32, 3), (torch.bfloat16, 2), (torch.bfloat16, 3), (torch.float16, 2)],
+    ids=str,
+)
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_loss_and_adapter_gradients_equal_bitsandbytes_and_peft(config, quantization, dtype, num_ranks):
     config = dataclasses.replace(config, lora_target_modules=["q_proj", "v_proj", "fc1"])
@@ -46,13 +50,12 @@ def test_loss_and_adapter_gradients_equal_bitsandbytes_and_peft(config, quantiza
         assert [n for n, g in rank_gradients.items() if not torch.equal(g, gradients[n])] == []
 
 
-def _gathered_parts_on_rank(rank, quantization):
-    model = load_sharded(quantization)
-    return {
-        name: [as_floats(whole(part)) for part in packed_weights(module)["weight"].parts(module)]
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenLinear)
-    }
+def _gathered_parts_on_rank(rank, quantization, path):
+    model = load_sharded(quantization, path=path)
+    frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    parts = {name: packed_weights(module)["weight"].parts(module) for name, module in frozen.items()}
+    own_rows = [len(p.to_local()) if isinstance(p, DTensor) else len(p) for p, *_ in parts.values()]
+    return {name: [as_floats(whole(part)) for part in named] for name, named in parts.items()}, own_rows
 
 
 def whole(part):
@@ -69,17 +72,20 @@ def bitsandbytes_parts(quantization, weight):
     return [*parts, torch.cat([state.offset.view(1), state.state2.absmax])] if quantization == "nf4" else parts
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks, uneven", [(1, False), (2, False), (3, True), (4, False), (5, True)])
 @pytest.mark.parametrize("quantization", KIND_OF)
-def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks):
-    model = load_unsharded(quantization, torch.float32)
+def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks, uneven, tmp_path):
+    """A Llama of 64, 32 and 192 rows: on 3 and 5 ranks some hold fewer than others."""
+    path = make_checkpoint("llama", tmp_path)
     expected = {
         name: bitsandbytes_parts(quantization, module.weight)
-        for name, module in model.named_modules()
+        for name, module in load_unsharded(quantization, torch.float32, path).named_modules()
         if hasattr(module, "weight") and type(module.weight).__name__ in ("Int8Params", "Params4bit")
     }
-    assert len(expected) == 24  # 4 layers of q, k, v, out, fc1, fc2
-    for parts in run_ranks(_gathered_parts_on_rank, num_ranks, quantization):
+    assert len(expected) == 14  # 2 layers of q, k, v, o, gate, up, down
+    ranks = run_ranks(_gathered_parts_on_rank, num_ranks, quantization, path)
+    assert (ranks[0][1] != ranks[-1][1]) == uneven
+    for parts, _ in ranks:
         assert parts.keys() == expected.keys()
         for name, own in parts.items():
             assert [torch.equal(a, b) for a, b in zip(own, expected[name], strict=True)] == [True] * len(own), name
