@@ -95,7 +95,7 @@ def main():
         estimate = (
             ""
             if "shard_ranks" not in placement or "gather_once" in placement
-            else mb(peak_bytes(skeleton, CONFIG, 2, 2, DTYPE, placement.get("resident_layers", 0)))
+            else mb(peak_bytes(skeleton, CONFIG, 2, DTYPE, placement.get("resident_layers", 0)))
         )
         rows.append([name, mb(held), mb(gathered), mb(peak), estimate, f"{median(times[name]) / slowest:.2f}"])
     shutil.rmtree(folder)

@@ -1,6 +1,5 @@
 """Where the base lies: the strategy's row and the dials of the config, turned into a `Placement`."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -35,7 +34,9 @@ def choose_placement(
     num_layers = len(decoder_layers(skeleton))
     if resident == "auto":
         budget = memory_budget_bytes(config)
-        num_resident = layers_that_fit(skeleton, config, shard_size, num_ranks, dtype, budget)
+        num_resident = layers_that_fit(skeleton, config, shard_size, dtype, budget)
+        if num_resident == num_layers:
+            return Placement()
     else:
         num_resident = int(resident)
         fits = num_resident < num_layers
@@ -53,28 +54,25 @@ def memory_budget_bytes(config: TrainConfig) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def layers_that_fit(
-    skeleton: nn.Module, config: TrainConfig, shard_size: int, num_ranks: int, dtype: torch.dtype, budget: int
-) -> int:
-    """The most resident layers, all but one at most, whose estimated peak is within `budget` bytes.
+def layers_that_fit(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype: torch.dtype, budget: int) -> int:
+    """The most resident layers whose estimated peak is within `budget` bytes; all of them: the base is whole.
 
-    Raises UserError where not even none fits.
+    Raises UserError where none fits.
     """
     peaks = [
-        peak_bytes(skeleton, config, shard_size, num_ranks, dtype, resident)
-        for resident in range(len(decoder_layers(skeleton)))
+        peak_bytes(skeleton, config, shard_size, dtype, resident)
+        for resident in range(len(decoder_layers(skeleton)) + 1)
     ]
+    least = min(peaks)
     require(
-        peaks[0] <= budget, "memory_budget_gib", f"{budget / 2**30:.3g}",
-        f"the base sharded over {shard_size} ranks needs an estimated {peaks[0] / 2**30:.3g} GiB with no layer "
-        "resident; lower --per_device_train_batch_size or --max_length, or use more ranks",
+        least <= budget, "memory_budget_gib", f"{budget / 2**30:.3g}",
+        f"the base shared by {shard_size} ranks needs an estimated {least / 2**30:.3g} GiB at the least; "
+        "lower --per_device_train_batch_size or --max_length, or use more ranks",
     )  # fmt: skip
     return max(resident for resident, peak in enumerate(peaks) if peak <= budget)
 
 
-def peak_bytes(
-    skeleton: nn.Module, config: TrainConfig, shard_size: int, num_ranks: int, dtype: torch.dtype, resident: int
-) -> int:
+def peak_bytes(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype: torch.dtype, resident: int) -> int:
     """A rank's estimated peak in a step with that many resident layers: an upper estimate, the base's part by count.
 
     base at rest + what is gathered (the root group twice, two layers twice) + one dequantized weight + adapters with
@@ -84,6 +82,8 @@ def peak_bytes(
     outside, num_sharded = base_bytes(skeleton).total - sum(layers), len(layers) - resident
     held = (outside + sum(layers[:num_sharded])) / shard_size + sum(layers[num_sharded:])
     gathered = 2 * outside + 4 * max(layers)
+    if not num_sharded:  # whole: nothing is gathered
+        held, gathered = outside + sum(layers), 0
     matrices = [p.shape for m in skeleton.modules() for p in packed_weights(m).values()]
     matrices += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
     dequantized = max(shape[-2] * shape[-1] for shape in matrices) * dtype.itemsize
@@ -114,13 +114,13 @@ def _activation_bytes(skeleton: nn.Module, config: TrainConfig, dtype: torch.dty
     return logits + inputs + tokens * inside * (1 if config.gradient_checkpointing else len(layers))
 
 
-def agree(placement: Placement, device: torch.device) -> Placement:
-    """The same placement on all ranks: the fewest resident layers that any of them has memory for. Collective."""
+def agree(placement: Placement) -> Placement:
+    """The same on all ranks: of their choices the one that holds least, where `auto` found other memory. Collective."""
     if not dist.is_initialized():
         return placement
-    fewest = torch.tensor(placement.resident_layers, device=device)
-    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
-    return dataclasses.replace(placement, resident_layers=int(fewest))
+    choices = [placement] * dist.get_world_size()
+    dist.all_gather_object(choices, placement)
+    return min(choices, key=lambda choice: (choice.shard_ranks == 1, choice.resident_layers))
 
 
 def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:

@@ -67,7 +67,7 @@ def main(config: TrainConfig) -> None:
         accelerator.print(decision)
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
-        placement, started = agree(placement, accelerator.device), time.perf_counter()
+        placement, started = agree(placement), time.perf_counter()
         model = load_cached_base(
             config.model_name_or_path, quantization=config.quantization, dtype=dtype, device=accelerator.device,
             placement=placement, is_trained=partial(is_trained, config),

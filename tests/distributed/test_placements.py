@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from parity import CPU, load_sharded, loss_and_gradients, randomize
+from parity import load_sharded, loss_and_gradients, randomize
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -164,8 +164,8 @@ def test_what_is_alive_after_a_step_does_not_grow_over_fifty(config):
 
 
 def _agree_on_rank(rank):
-    return agree(Placement(shard_ranks=3, resident_layers=(5, 2, 9)[rank]), CPU)
+    return agree((Placement(), Placement(4, resident_layers=5), Placement(4, resident_layers=2), Placement(4, 3))[rank])
 
 
 def test_all_ranks_take_the_fewest_layers_that_fit_any_of_them():
-    assert run_ranks(_agree_on_rank, 3) == [Placement(shard_ranks=3, resident_layers=2)] * 3
+    assert run_ranks(_agree_on_rank, 4) == [Placement(shard_ranks=4, resident_layers=2)] * 4

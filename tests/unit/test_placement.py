@@ -1,9 +1,11 @@
 """The dials of the config become a placement, or an error that says what would work."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
+from transformers import OPTConfig
 
 from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import TrainConfig, UserError
@@ -63,24 +65,38 @@ def test_what_cannot_be_had(skeleton, config, monkeypatch, strategy, settings, w
 
 
 def fit(skeleton, config: TrainConfig, budget: int) -> int:
-    return layers_that_fit(skeleton, config, 2, 2, DTYPE, budget)
+    return layers_that_fit(skeleton, config, 2, DTYPE, budget)
 
 
-def test_auto_takes_as_many_layers_as_the_budget_allows(skeleton, config):
-    peaks = [peak_bytes(skeleton, config, 2, 2, DTYPE, resident) for resident in range(4)]
-    layer = base_bytes(decoder_layers(skeleton)[0]).total
-    assert [later - earlier for earlier, later in zip(peaks, peaks[1:], strict=False)] == [layer / 2] * 3
-    assert [fit(skeleton, config, budget) for budget in (peaks[0], peaks[2] - 1, peaks[2], 2 * peaks[3])] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+def test_auto_takes_as_many_layers_as_the_budget_allows(config, tmp_path):
+    OPTConfig(
+        vocab_size=1000,
+        hidden_size=1024,
+        word_embed_proj_dim=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+    ).save_pretrained(tmp_path)
+    deep = meta_model(str(tmp_path), "int8", DTYPE)
+    peaks = [peak_bytes(deep, config, 2, DTYPE, resident) for resident in range(25)]
+    layer = base_bytes(decoder_layers(deep)[0]).total
+    assert {later - earlier for earlier, later in pairwise(peaks[:24])} == {layer / 2}
+    assert peaks[12] < peaks[24] < peaks[20]  # nothing gathered: soon the whole costs less than most of it
+    budgets = {peaks[0]: 0, peaks[1] - 1: 0, peaks[1]: 1, peaks[12]: 12, peaks[24]: 24, peaks[20]: 24}
+    assert {budget: fit(deep, config, budget) for budget in budgets} == budgets
+    with pytest.raises(UserError, match="--memory_budget_gib .*: the base shared by 2 ranks needs an estimated"):
+        fit(deep, config, peaks[0] - 1)
+
+
+def test_auto_takes_all_where_the_whole_base_fits(skeleton, config):
+    whole = peak_bytes(skeleton, config, 2, DTYPE, 4)
+    assert whole < peak_bytes(skeleton, config, 2, DTYPE, 0)  # tiny layers: what is gathered weighs more
+    assert fit(skeleton, config, whole) == 4
 
 
 def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch):
     placement = choose(skeleton, config, monkeypatch=monkeypatch, resident_layers="auto")
-    assert placement == Placement(shard_ranks=4, resident_layers=3)  # this machine has room for a tiny base
+    assert placement == Placement()  # this machine has room for a tiny base
 
 
 @pytest.mark.parametrize(
