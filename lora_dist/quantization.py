@@ -19,6 +19,7 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lora_dist.config import UserError
 
@@ -256,7 +257,7 @@ class FrozenLinear:
     def dequantize(self) -> torch.Tensor:
         """The weight (O, I) in fp32. Collective where the layer is sharded and not gathered."""
         packed = packed_weights(self)["weight"]
-        whole = [p.full_tensor() if isinstance(p, torch.distributed.tensor.DTensor) else p for p in packed.parts(self)]
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in packed.parts(self)]
         return packed.kind.dequantize(packed.shape, torch.float32, *map(as_floats, whole))
 
 

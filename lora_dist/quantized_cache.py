@@ -128,7 +128,8 @@ def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, OwnR
                 f"{module_name}.{weight_name}", packed, [own_rows(p) for p in parts[:2]], nested, dtype, _rank() == 0
             )
     plain = [(name, param) for name, param in model.named_parameters() if id(param) not in packed_ids]
-    buffers = [(name, model.state_dict()[name]) for name, _ in model.named_buffers() if name in model.state_dict()]
+    persistent = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
     return tensors | {name: own_rows(tensor) for name, tensor in plain + buffers}
 
 
