@@ -6,6 +6,8 @@ data (all-to-all, all-gather); every addition is done by us, in the tree's order
 all-reduce where G / N is a power of two, at most about 2 log2 of it elsewhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -72,14 +74,17 @@ def tree_reduce(tree: TreeSum, group: dist.ProcessGroup | None = None) -> torch.
     return out
 
 
-def flatten_gradients(params: list[torch.Tensor], extras: list[float], num_ranks: int) -> torch.Tensor:
-    """One fp32 leaf: all gradients, then `extras`, padded to a multiple of `num_ranks`. Empties the gradients.
+def flatten_gradients(
+    params: list[torch.Tensor], grads: Sequence[torch.Tensor | None], extras: list[float], num_ranks: int
+) -> torch.Tensor:
+    """One fp32 leaf: the gradient of each parameter (zeros for None), then `extras`, padded to a multiple of `num_ranks`.
 
     An integer extra is exact while its sum stays below 2**24.
     """
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in params]
+    parts = [
+        (torch.zeros_like(p) if grad is None else grad).reshape(-1).float()
+        for p, grad in zip(params, grads, strict=True)
+    ]
     numel = sum(map(len, parts)) + len(extras)
     tail = [float(e) for e in extras] + [0.0] * (-numel % num_ranks)
-    for param in params:
-        param.grad = None
     return torch.cat([*parts, torch.tensor(tail, device=parts[0].device)])

@@ -105,8 +105,9 @@ def train_step(run: Training, step: int) -> StepResult:
         batch = batch.to(device)
         torch.manual_seed(random_key(config.seed, step, index) % 2**32)  # dropout: a function of the micro-batch alone
         loss = forward_loss(run, batch)
-        (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
-        leaf = flatten_gradients(run.params, [loss.item(), *extras], num_ranks)
+        scaled = accelerator.scaler.scale(loss) if accelerator.scaler else loss
+        grads = torch.autograd.grad(scaled, run.params, allow_unused=True)
+        leaf = flatten_gradients(run.params, grads, [loss.item(), *extras], num_ranks)
         if turn < len(mine):  # else a spare turn: thrown away
             tree.add(0, index, leaf)
     release(run.model)  # under --gather_once all of it is whole until here
