@@ -18,6 +18,7 @@ from lora_dist.config import TrainConfig, UserError, require
 from lora_dist.data import MicroBatch, random_key
 from lora_dist.quantization import FrozenLinear, packed_weights
 from lora_dist.sharding import release
+from lora_dist.zero import whole_shape
 
 # In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -91,7 +92,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     packed = [(module, p) for module in model.modules() for p in packed_weights(module).values()]
     parts = {id(part) for module, p in packed for part in p.parts(module)}
     total = sum(torch.Size(p.shape).numel() for _, p in packed)
-    total += sum(param.numel() for param in model.parameters() if id(param) not in parts)
+    total += sum(whole_shape(param).numel() for param in model.parameters() if id(param) not in parts)
     return sum(param.numel() for param in trainable_parameters(model).values()), total
 
 

@@ -6,8 +6,9 @@ ever sees the whole of a quantized weight.
 """
 
 import ctypes
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,11 +38,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lora_dist.config import UserError, require
 from lora_dist.embedded import model_path
 from lora_dist.packing import keep_norms_in_fp32, pack_model
+from lora_dist.pipeline import put_back, set_aside
 from lora_dist.quantization import FrozenLinear, NF4Linear, as_integers, packed_weights
 from lora_dist.serialization import StoredFormat, read_bitsandbytes, stored_format
 from lora_dist.sharding import shard
 from lora_dist.strategies import Placement
 from lora_dist.weights import LazyTensor, open_weights, weight_files
+from lora_dist.zero import partition_base, partitioned_bytes, split_rows, whole_shape
 
 
 @register_quantization_config("frozen")
@@ -63,6 +66,7 @@ class BaseLoad:
     tensors: dict[str, LazyTensor]
     stored: StoredFormat | None
     is_trained: Callable[[str], bool]
+    aside: dict[str, nn.Module] = field(default_factory=dict)  # decoder layers that other ranks hold, by name
 
     @property
     def where(self) -> torch.device:
@@ -172,16 +176,30 @@ class FrozenQuantizer(HfQuantizer):
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         keep_norms_in_fp32(model)
         _transpose(model, load)
-        if load.placement.shard_ranks > 1:
+        if load.placement.zero_stage == 3:
+            split_rows(model, load.device)
+        elif load.placement.stages > 1:
+            load.aside = set_aside(model, load.placement.stages)
+            ignored = model._keys_to_ignore_on_load_unexpected or set()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"(^|\.){re.escape(n)}\." for n in load.aside)}
+        elif load.placement.shard_ranks > 1:
             trained = {param for name, param in model.named_parameters() if load.is_trained(name)}
             shard(model, load.placement, load.device, trained)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        load = self.quantization_config.load
+        if load.aside:
+            put_back(model, load.aside, load.placement.stages, load.device)
         model.requires_grad_(False)  # the loader made new parameters of those that are not sharded
-        for module in model.modules():
-            if isinstance(module, NF4Linear):
-                module.mark_for_peft()  # again: the loader replaced the parameter
+        _mark_for_peft(model)
         return model
+
+
+def _mark_for_peft(model: nn.Module) -> None:
+    """Again, after the parameters were replaced."""
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.mark_for_peft()
 
 
 def _transpose(model: PreTrainedModel, load: BaseLoad) -> None:
@@ -198,7 +216,21 @@ def _transpose(model: PreTrainedModel, load: BaseLoad) -> None:
             load.tensors[stored_name] = tensor.transposed()
 
 
-def load_base(
+def load_base(name: str, *, device: torch.device, placement: Placement, **how) -> PreTrainedModel:
+    """`read_base`, ready to compute with. Collective."""
+    model = read_base(name, device=device, placement=placement, **how)
+    hand_over(model, placement, device)
+    return model
+
+
+def hand_over(model: PreTrainedModel, placement: Placement, device: torch.device) -> None:
+    """Give the rows that were read to the engine that will gather them, where that is not FSDP2. Collective."""
+    if placement.zero_stage == 3:
+        partition_base(model, placement.deepspeed, device)
+        _mark_for_peft(model)
+
+
+def read_base(
     name: str,
     *,
     quantization: str,
@@ -285,8 +317,9 @@ def base_bytes(model: nn.Module) -> BaseBytes:
         if param.requires_grad:
             continue
         local = param.to_local() if isinstance(param, DTensor) else param
-        held = local.untyped_storage().nbytes()
-        total, per_rank = total + param.nbytes, per_rank + held
+        held = partitioned_bytes(param) or local.untyped_storage().nbytes()
+        whole = whole_shape(param).numel() * param.dtype.itemsize
+        total, per_rank = total + whole, per_rank + held
         if id(param) in quantized:
-            quantized_total, quantized_per_rank = quantized_total + param.nbytes, quantized_per_rank + held
+            quantized_total, quantized_per_rank = quantized_total + whole, quantized_per_rank + held
     return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)

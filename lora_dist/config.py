@@ -71,6 +71,9 @@ class TrainConfig:
         "fsdp: keep what is gathered until the optimizer step, one gather a step instead of two a micro-batch; takes "
         "the memory of the whole packed base meanwhile.",
     )
+    deepspeed: str | None = setting(
+        None, "DeepSpeed config (.json) for the deepspeed launcher; an accelerate config names its own."
+    )
     gradient_checkpointing: bool = setting(
         True, "Recompute each layer's activations in backward instead of keeping them."
     )
@@ -230,7 +233,8 @@ def _as_flags(settings: dict) -> list[str]:
 def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
     """Entry point of a recipe. Ends the process."""
     install_handlers()
-    end_process(lambda: main(parse_config(defaults, sys.argv[1:], description=description)))
+    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher's
+    end_process(lambda: main(parse_config(defaults, argv, description=description)))
 
 
 def end_process(work: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from lora_dist.config import UserError
 from lora_dist.quantization import KIND_OF, experts_forward, make_frozen_linear, pack, packed_weights
 from lora_dist.serialization import StoredFormat
 from lora_dist.sharding import decoder_layers
+from lora_dist.zero import whole_shape
 
 # Routers of experts and the like are small and stay as they are; below this share, something large was left out.
 LEAST_QUANTIZED_SHARE = 0.9
@@ -79,8 +80,9 @@ def quantized_share(model: nn.Module) -> tuple[float, set[str]]:
     for layer in decoder_layers(model):
         num_packed += sum(torch.Size(p.shape).numel() for m in layer.modules() for p in packed_weights(m).values())
         for name, param in layer.named_parameters():
-            if param.dim() >= 2 and param.is_floating_point() and not param.requires_grad:
-                left[name] = left.get(name, 0) + param.numel()
+            shape = whole_shape(param)
+            if len(shape) >= 2 and param.is_floating_point() and not param.requires_grad:
+                left[name] = left.get(name, 0) + shape.numel()
     return num_packed / (num_packed + sum(left.values())), set(left)
 
 

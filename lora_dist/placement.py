@@ -8,40 +8,73 @@ import torch.distributed as dist
 from torch import nn
 
 from lora_dist.base_model import base_bytes
-from lora_dist.config import TrainConfig, require
+from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.deepspeed_config import idle_keys
+from lora_dist.pipeline import stage_layers
 from lora_dist.quantization import packed_weights
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import Placement, Strategy, offload_asked
+from lora_dist.strategies import Launch, Placement
 
 
 def choose_placement(
-    strategy: Strategy, config: TrainConfig, skeleton: nn.Module, *, num_ranks: int, dtype: torch.dtype
+    launch: Launch, config: TrainConfig, skeleton: nn.Module, *, num_ranks: int, dtype: torch.dtype
 ) -> Placement:
     """Raises UserError where a dial cannot be had, or has no effect. `skeleton`: the packed model on meta."""
-    resident, gather_once = config.resident_layers, config.gather_once
-    if strategy.base_per_rank == "whole":
-        why = f"has no effect under {strategy.name}: all layers are resident"
-        require(resident == "0", "resident_layers", resident, why)
-        require(config.shard_size is None, "shard_size", config.shard_size, why)
-        require(not gather_once, "gather_once", gather_once, why)
-        return Placement()
+    strategy = launch.strategy
+    if strategy.engine == "FSDP2":
+        return _choose_fsdp(launch, config, skeleton, num_ranks, dtype)
+    why = f"has no effect under {strategy.name}; it is a dial of fsdp"
+    require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)
+    require(config.shard_size is None, "shard_size", config.shard_size, why)
+    require(not config.gather_once, "gather_once", config.gather_once, why)
+    if strategy.engine in ("ZeRO-3", "pipeline"):
+        # What is trained in place, or read outside of a layer's forward, is not there on every rank.
+        why = f"cannot be had under {strategy.name}; use fsdp"
+        require(config.lora_bias == "none", "lora_bias", config.lora_bias, why)
+        require(not config.modules_to_save, "modules_to_save", config.modules_to_save, why)
+        require(not config.use_dora, "use_dora", config.use_dora, why)
+    if strategy.engine == "pipeline":
+        num_layers = len(decoder_layers(skeleton))
+        if num_layers < num_ranks:
+            raise UserError(f"accelerate config num_processes: {num_ranks}: the model has {num_layers} layers")
+        return Placement(stages=num_ranks)
+    if strategy.engine == "ZeRO-3":
+        return Placement(num_ranks, offload=launch.offload, deepspeed=launch.deepspeed)
+    return Placement(deepspeed=launch.deepspeed)
+
+
+def _choose_fsdp(
+    launch: Launch, config: TrainConfig, skeleton: nn.Module, num_ranks: int, dtype: torch.dtype
+) -> Placement:
+    resident, gather_once, strategy = config.resident_layers, config.gather_once, launch.strategy
     require(not (gather_once and resident == "all"), "gather_once", gather_once, "has no effect: nothing is gathered")
-    shard_size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    one_copy = strategy.base_per_rank == "1/N"
+    why = f"has no effect under {strategy.name}, where all ranks share one copy; use accelerate_configs/hsdp.yaml"
+    require(config.shard_size is None or not one_copy, "shard_size", config.shard_size, why)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    shard_size = num_ranks if one_copy else config.shard_size or per_node
     require(num_ranks % shard_size == 0, "shard_size", shard_size, f"must divide the {num_ranks} ranks")
     require(shard_size > 1, "shard_size", shard_size, "shards nothing; give 2 or more, or --resident_layers all")
     if resident == "all":
+        why = "leaves nothing to offload, as the accelerate config's fsdp_offload_params asks; give fewer"
+        require(not launch.offload, "resident_layers", resident, why)
         return Placement()
     num_layers = len(decoder_layers(skeleton))
     if resident == "auto":
         budget = memory_budget_bytes(config)
         num_resident = layers_that_fit(skeleton, config, shard_size, dtype, budget)
         if num_resident == num_layers:
+            require(
+                not launch.offload, "resident_layers", resident,
+                "finds room for the whole base, so nothing is left to offload as fsdp_offload_params asks; "
+                "leave one out",
+            )  # fmt: skip
             return Placement()
     else:
         num_resident = int(resident)
         fits = num_resident < num_layers
         require(fits, "resident_layers", resident, f"the model has {num_layers} layers; give fewer, or all")
-    return Placement(shard_size, num_resident, offload_asked(), gather_once)
+    return Placement(shard_size, num_resident, launch.offload, gather_once)
 
 
 def memory_budget_bytes(config: TrainConfig) -> int:
@@ -124,8 +157,19 @@ def agree(placement: Placement) -> Placement:
 
 
 def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:
+    if placement.stages > 1:
+        sizes = [len(stage_layers(num_layers, placement.stages, stage)) for stage in range(placement.stages)]
+        return f"{' + '.join(map(str, sizes))} layers on {placement.stages} ranks, one after the other"
     if placement.shard_ranks == 1:
         return "whole on each rank"
+    if placement.zero_stage == 3:
+        zero = placement.deepspeed["zero_optimization"]
+        words = [f"partitioned over {num_ranks} ranks by DeepSpeed"]
+        if placement.offload:
+            words.append(f"partitions on {zero['offload_param']['device']}")
+        if idle := idle_keys(placement.deepspeed):
+            words.append(f"with nothing to act on for {' '.join(idle)}, as the base has no gradients")
+        return ", ".join(words)
     copies = num_ranks // placement.shard_ranks
     words = [f"shared by {placement.shard_ranks} ranks" + (f", {copies} copies" if copies > 1 else "")]
     words.append(f"{placement.resident_layers} of {num_layers} layers whole on each rank")

@@ -16,37 +16,49 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from lora_dist.base_model import load_base
+from lora_dist.base_model import hand_over, load_base, read_base
 from lora_dist.config import UserError, require
 from lora_dist.data import load_tokenizer
 from lora_dist.embedded import model_path
 from lora_dist.manifest import describe_file, files_of, is_complete, write_manifest, write_whole
 from lora_dist.quantization import packed_weights
 from lora_dist.serialization import bitsandbytes_config, write_bitsandbytes
+from lora_dist.strategies import Placement
 from lora_dist.weights import OwnRows, weight_files, write_safetensors
 
 FORMAT = 1
 MAX_FILE_BYTES = 2**29  # small enough that the ranks' shares of checksums are even
 
 
-def load_cached_base(name: str, *, cache: str | None, quantization: str, dtype: torch.dtype, **how) -> PreTrainedModel:
+def load_cached_base(
+    name: str,
+    *,
+    cache: str | None,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    placement: Placement,
+    **how,
+) -> PreTrainedModel:
     """`load_base`, from `cache` where that was made of the same files in the same way; else made, and written there.
 
     Raises UserError where the folder holds something else. Collective.
     """
+    how |= {"quantization": quantization, "dtype": dtype, "device": device, "placement": placement}
     if cache is None:
-        return load_base(name, quantization=quantization, dtype=dtype, **how)
+        return load_base(name, **how)
     cache = Path(cache)
     fingerprint = fingerprint_of(name, quantization, dtype)
     why_not = unusable_because(cache, fingerprint)
     if why_not is None:
-        model = load_base(str(cache), quantization=quantization, dtype=dtype, **how)
+        model = load_base(str(cache), **how)
         model.config.name_or_path = model.name_or_path = model_path(name)  # what the adapter is an adapter of
         return model
     if _rank() == 0 and cache.exists():
         print(f"quantized cache {cache}: {why_not}; it is made anew", flush=True)
-    model = load_base(name, quantization=quantization, dtype=dtype, **how)
+    model = read_base(name, **how)
     write_cache(model, name, cache, fingerprint, dtype)
+    hand_over(model, placement, device)
     return model
 
 

@@ -77,7 +77,7 @@ def tree_reduce(tree: TreeSum, group: dist.ProcessGroup | None = None) -> torch.
 def flatten_gradients(
     params: list[torch.Tensor], grads: Sequence[torch.Tensor | None], extras: list[float], num_ranks: int
 ) -> torch.Tensor:
-    """One fp32 leaf: the gradient of each parameter (zeros for None), then `extras`, padded to a multiple of `num_ranks`.
+    """One fp32 leaf: each gradient (zeros for None), then `extras`, padded to a multiple of `num_ranks`.
 
     An integer extra is exact while its sum stays below 2**24.
     """

@@ -25,7 +25,7 @@ from lora_dist.placement import describe
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import Placement, Strategy, world_size
+from lora_dist.strategies import Strategy, world_size
 from lora_dist.train import Training, peak_memory_bytes, save_adapter_checked
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,10 +47,9 @@ def choose_defaults(config: TrainConfig, *, gpu_model: str, gpu_dataset: str) ->
     ), f"base: {model}, data: {dataset} ({why})"
 
 
-def base_dtype() -> torch.dtype:
+def base_dtype(precision: str) -> torch.dtype:
     """Of what is not quantized, by the launcher's mixed precision. Raises UserError where that cannot be had."""
     on_gpu = torch.cuda.is_available()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPE_OF or (precision == "fp16" and not on_gpu):
         works = " or ".join(p for p in DTYPE_OF if on_gpu or p != "fp16")
         raise UserError(
@@ -60,15 +59,20 @@ def base_dtype() -> torch.dtype:
     return DTYPE_OF[precision]
 
 
-def start_ranks() -> Accelerator:
+def start_ranks(mixed_precision: str | None = None) -> Accelerator:
     """Join the process group the launcher described, gloo where there is no GPU. Raises UserError where it is odd."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:  # bits depend on the thread count, so it must not depend on the launcher
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    for engine in (
+        "DEEPSPEED",
+        "MEGATRON_LM",
+    ):  # ours to start, where the launcher's config names one; not accelerate's
+        os.environ.pop(f"ACCELERATE_USE_{engine}", None)
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
-    accelerator = Accelerator(cpu=not on_gpu, log_with="wandb")
+    accelerator = Accelerator(cpu=not on_gpu, log_with="wandb", mixed_precision=mixed_precision)
     asked = world_size()
     if accelerator.num_processes != asked:
         raise UserError(
@@ -79,9 +83,9 @@ def start_ranks() -> Accelerator:
 
 
 @contextlib.contextmanager
-def open_session(config: TrainConfig, recipe: str) -> Iterator[tuple[Accelerator, RunFolder]]:
+def open_session(config: TrainConfig, recipe: str, mixed_precision: str) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
-    accelerator, folder = start_ranks(), None
+    accelerator, folder = start_ranks(mixed_precision), None
     try:
         folder = _open_run_folder(config, recipe, accelerator)
         yield accelerator, folder
@@ -110,7 +114,7 @@ def _open_run_folder(config: TrainConfig, recipe: str, accelerator: Accelerator)
     return RunFolder(Path(answer[0]))
 
 
-def banner(run: Training, strategy: Strategy, placement: Placement) -> str:
+def banner(run: Training, strategy: Strategy) -> str:
     """What was decided, once, before the first step."""
     config, device, ranks = run.config, run.accelerator.device.type, run.accelerator.num_processes
     trainable, total = parameter_counts(run.model)
@@ -118,7 +122,7 @@ def banner(run: Training, strategy: Strategy, placement: Placement) -> str:
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
         f"strategy: {strategy.name} ({strategy.summary})",
-        f"placement: {describe(placement, len(decoder_layers(run.model)), ranks)}",
+        f"placement: {describe(run.placement, len(decoder_layers(run.model)), ranks)}",
         f"ranks: {ranks} on {device}, mixed precision {run.accelerator.mixed_precision}",
         f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {held(run)}",
         f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches"

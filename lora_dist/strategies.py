@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dist.config import UserError
+from lora_dist.config import TrainConfig, UserError
+from lora_dist.deepspeed_config import mixed_precision, read_deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,37 @@ class Strategy:
 
     name: str
     summary: str
-    base_per_rank: Literal["whole", "1/N"]
+    engine: Literal["none", "FSDP2", "ZeRO-2", "ZeRO-3", "pipeline"]  # who shards what is sharded
+    base_per_rank: Literal["whole", "1/N", "1/n, n ranks of a node", "1/N of the layers"]
     traffic_per_step: str
+    offloads: str = "nothing"
+    quantizations: tuple[str, ...] = ("int8", "nf4", "nf4_plain", "none")
+
+
+GRADIENTS = "adapter gradients"
+STRATEGIES = {
+    row.name: row
+    for row in (
+        Strategy("single", "one process, one device", "none", "whole", "none"),
+        Strategy("ddp", "each rank holds the whole base; fastest when it fits", "none", "whole", GRADIENTS),
+        Strategy("fsdp", "each rank holds its rows of the base and gathers a layer at a time", "FSDP2", "1/N",
+                 f"{GRADIENTS}, the packed base twice per micro-batch"),
+        Strategy("hsdp", "as fsdp among the ranks of a node; each node holds a copy", "FSDP2", "1/n, n ranks of a node",
+                 f"{GRADIENTS}, the packed base twice per micro-batch inside nodes"),
+        Strategy("fsdp_offload", "as fsdp, the shards in host memory", "FSDP2", "1/N",
+                 f"{GRADIENTS}, the packed base twice per micro-batch, and once more from the host",
+                 offloads="the base to host memory"),
+        Strategy("zero2", "as ddp, DeepSpeed shards the optimizer of the adapters", "ZeRO-2", "whole",
+                 f"{GRADIENTS} twice"),
+        Strategy("zero3", "DeepSpeed partitions the base and gathers a module at a time", "ZeRO-3", "1/N",
+                 f"{GRADIENTS}, the packed base two to three times per micro-batch"),
+        Strategy("zero3_offload", "as zero3, the partitions in host memory", "ZeRO-3", "1/N",
+                 f"{GRADIENTS}, the packed base two to three times per micro-batch, and from the host",
+                 offloads="the base to host memory"),
+        Strategy("pipeline", "each rank holds some layers, activations go from rank to rank", "pipeline",
+                 "1/N of the layers", f"{GRADIENTS}, one layer's output forth and back per micro-batch"),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,17 +55,23 @@ class Placement:
     resident_layers: int = 0  # decoder layers, the last ones, that stay whole on each rank all the same
     offload: bool = False  # the shards lie in host memory
     gather_once: bool = False  # what is gathered stays until the optimizer step
+    deepspeed: dict | None = None  # DeepSpeed's config: stage 3 shards the base, stage 2 the adapters' optimizer
+    stages: int = 1  # ranks that hold different layers, one after the other
+
+    @property
+    def zero_stage(self) -> int:
+        """2 or 3 under DeepSpeed, else 0."""
+        return self.deepspeed["zero_optimization"]["stage"] if self.deepspeed else 0
 
 
-STRATEGIES = {
-    row.name: row
-    for row in (
-        Strategy("single", "one process, one device", "whole", "none"),
-        Strategy("ddp", "each rank holds the whole base; fastest when it fits", "whole", "adapter gradients"),
-        Strategy("fsdp", "each rank holds its rows of the base and gathers a layer at a time", "1/N",
-                 "adapter gradients, and the packed base twice per micro-batch"),
-    )
-}  # fmt: skip
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for: the row of the table, and what else its config says."""
+
+    strategy: Strategy
+    mixed_precision: str
+    offload: bool = False
+    deepspeed: dict | None = None
 
 
 def world_size() -> int:
@@ -43,46 +79,88 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_strategy() -> Strategy:
-    """The row that the launcher asked for, read from what accelerate and torchrun put in the environment.
+def read_launch(config: TrainConfig) -> Launch:
+    """What accelerate, deepspeed or torchrun put in the environment, as a row of the table.
 
-    Raises UserError where the row asks for several ranks and one was started.
+    Raises UserError where it cannot be had, or where the row asks for several ranks and one was started.
     """
-    num_ranks = world_size()
+    num_ranks, precision = world_size(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if num_ranks > 1 and "RANK" not in os.environ:  # accelerate would start one process, which trains alone
         raise UserError(
             f"WORLD_SIZE {num_ranks}: set without RANK, so only this process was started; "
             "launch with accelerate launch or torchrun, or unset it"
         )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    deepspeed = read_deepspeed_config(config, num_ranks)
+    if deepspeed:
+        zero = deepspeed["zero_optimization"]
+        offload = zero.get("offload_param", {}).get("device", "none") != "none"
+        name = "zero2" if zero["stage"] == 2 else "zero3_offload" if offload else "zero3"
+        return Launch(STRATEGIES[name], mixed_precision(deepspeed), offload, deepspeed)
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        return Launch(_pipeline(num_ranks), precision)
+    if _is_set("ACCELERATE_USE_FSDP"):
+        offload = _is_set("FSDP_OFFLOAD_PARAMS")
+        return Launch(_fsdp(num_ranks, offload), precision, offload)
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(
-            f"accelerate config distributed_type: DEEPSPEED: not supported yet; use one of {', '.join(STRATEGIES)}"
+            "accelerate config parallelism_config: has no effect here; see docs/strategies.md for each size"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError(
-                "accelerate config fsdp_version: 1: cannot shard int8 weights; "
-                "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
-            )
-        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-            raise UserError(
-                "accelerate config parallelism_config: accelerate takes it on GPUs alone; "
-                "leave it out, and give --shard_size N to shard over N ranks and replicate over the others"
-            )
-        if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
-            raise UserError(
-                "accelerate config fsdp_reshard_after_forward: false: has no effect here; set true, "
-                "and keep layers whole with --resident_layers N, or until the step with --gather_once true"
-            )
-        if num_ranks == 1:
-            raise UserError(
-                "accelerate config num_processes: 1: fsdp shards over 2 ranks or more; "
-                "use accelerate_configs/single.yaml, or --num_processes N"
-            )
-        return STRATEGIES["fsdp"]
-    return STRATEGIES["ddp" if num_ranks > 1 else "single"]
+    return Launch(STRATEGIES["ddp" if num_ranks > 1 else "single"], precision)
 
 
-def offload_asked() -> bool:
-    """`fsdp_offload_params` of the accelerate config."""
-    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _fsdp(num_ranks: int, offload: bool) -> Strategy:
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError(
+            "accelerate config fsdp_version: 1: cannot shard int8 weights; "
+            "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
+        )
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(
+            "accelerate config parallelism_config: accelerate takes it on GPUs alone; "
+            "leave it out, and take accelerate_configs/hsdp.yaml to shard inside nodes"
+        )
+    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
+        raise UserError(
+            "accelerate config fsdp_reshard_after_forward: false: has no effect here; set true, "
+            "and keep layers whole with --resident_layers N, or until the step with --gather_once true"
+        )
+    sharding = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+    if sharding not in ("1", "FULL_SHARD", "4", "HYBRID_SHARD"):
+        raise UserError(
+            f"accelerate config fsdp_sharding_strategy: {sharding}: cannot be had; "
+            "give FULL_SHARD, or HYBRID_SHARD to shard inside nodes"
+        )
+    if num_ranks == 1:
+        raise UserError(
+            "accelerate config num_processes: 1: fsdp shards over 2 ranks or more; "
+            "use accelerate_configs/single.yaml, or --num_processes N"
+        )
+    if sharding in ("4", "HYBRID_SHARD"):
+        return STRATEGIES["hsdp"]
+    return STRATEGIES["fsdp_offload" if offload else "fsdp"]
+
+
+def _pipeline(num_ranks: int) -> Strategy:
+    """accelerate's only word for a pipeline is Megatron-LM's degree; nothing of Megatron-LM is used."""
+    tensor_degree = int(os.environ.get("MEGATRON_LM_TP_DEGREE", 1))
+    if tensor_degree > 1:
+        raise UserError(
+            f"accelerate config megatron_lm_tp_degree: {tensor_degree}: tensor parallelism is not had, "
+            "see docs/strategies.md; use accelerate_configs/pipeline.yaml or fsdp.yaml"
+        )
+    if num_ranks == 1:
+        raise UserError(
+            "accelerate config num_processes: 1: a pipeline needs 2 ranks or more; "
+            "use accelerate_configs/single.yaml, or --num_processes N"
+        )
+    degree = os.environ.get("MEGATRON_LM_PP_DEGREE", "1")
+    if degree != str(num_ranks):
+        raise UserError(
+            f"accelerate config megatron_lm_pp_degree: {degree}: all {num_ranks} ranks form one pipeline; "
+            f"give --megatron_lm_pp_degree {num_ranks}"
+        )
+    return STRATEGIES["pipeline"]

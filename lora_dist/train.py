@@ -26,9 +26,12 @@ from lora_dist.config import TrainConfig
 from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
 from lora_dist.manifest import write_manifest
 from lora_dist.metrics import MetricsLog
+from lora_dist.pipeline import StageDone, pipeline_of, receive_from_before, schedule, send_onward
 from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import gathered_bytes, release
+from lora_dist.strategies import Placement
+from lora_dist.zero import is_partitioned, shard_optimizer, step_with
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Training:
     eval_rows: list[list[int]]
     folder: RunFolder
     base: BaseBytes
+    placement: Placement = Placement()
     num_steps: int = 0
     params: list[torch.nn.Parameter] = field(default_factory=list)
 
@@ -60,6 +64,10 @@ class Training:
         self.scheduler = get_scheduler(
             self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps
         )
+        self.pipeline = pipeline_of(self.model)
+        self.zero2 = None
+        if self.placement.zero_stage == 2:
+            self.zero2 = shard_optimizer(self.params, self.optimizer, self.placement.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -91,27 +99,9 @@ def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
 
 def train_step(run: Training, step: int) -> StepResult:
     """One optimizer step: G micro-batches, one reduction, then the same arithmetic on every rank."""
-    accelerator, config, device = run.accelerator, run.config, run.accelerator.device
-    num_ranks, total = accelerator.num_processes, run.micro_batches.per_step
-    mine = block(total, num_ranks, accelerator.process_index)
-    tree, data_time_s = TreeSum(total), 0.0
+    run.data_time_s = 0.0
     stop = preemption.stop_asked()  # once a step, whatever the number of micro-batches
-    for turn in range(-(-total // num_ranks)):  # equally many on all ranks: a sharded base's gathers must match
-        index = mine[min(turn, len(mine) - 1)]
-        started = time.perf_counter()
-        batch = run.micro_batches(step, index)
-        data_time_s += time.perf_counter() - started
-        extras = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel(), stop]
-        batch = batch.to(device)
-        torch.manual_seed(random_key(config.seed, step, index) % 2**32)  # dropout: a function of the micro-batch alone
-        loss = forward_loss(run, batch)
-        scaled = accelerator.scaler.scale(loss) if accelerator.scaler else loss
-        grads = torch.autograd.grad(scaled, run.params, allow_unused=True)
-        leaf = flatten_gradients(run.params, grads, [loss.item(), *extras], num_ranks)
-        if turn < len(mine):  # else a spare turn: thrown away
-            tree.add(0, index, leaf)
-    release(run.model)  # under --gather_once all of it is whole until here
-    flat = tree_reduce(tree)
+    flat = sum_over_stages(run, step, stop) if run.pipeline else sum_over_ranks(run, step, stop)
     numel = sum(p.numel() for p in run.params)
     loss_sum, num_trained, num_tokens, num_positions, num_stops = flat[numel : numel + 5].tolist()
     if not math.isfinite(loss_sum):
@@ -124,15 +114,80 @@ def train_step(run: Training, step: int) -> StepResult:
         num_trained_tokens=int(num_trained),
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
-        data_time_s=data_time_s,
+        data_time_s=run.data_time_s,
         stop_asked=num_stops > 0,
     )
 
 
+def read_micro_batch(run: Training, step: int, index: int) -> tuple[MicroBatch, list[int]]:
+    """A micro-batch on the device, with its counts, and the random state set for its forward."""
+    started = time.perf_counter()
+    batch = run.micro_batches(step, index)
+    run.data_time_s += time.perf_counter() - started
+    counts = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel()]
+    torch.manual_seed(random_key(run.config.seed, step, index) % 2**32)  # dropout: of the micro-batch alone
+    return batch.to(run.accelerator.device), counts
+
+
+def scaled(run: Training, loss: torch.Tensor) -> torch.Tensor:
+    return run.accelerator.scaler.scale(loss) if run.accelerator.scaler else loss
+
+
+def sum_over_ranks(run: Training, step: int, stop: bool) -> torch.Tensor:
+    """Data parallel: each rank takes a block of the micro-batches. The sum, flat, of gradients, loss and counts."""
+    num_ranks, total = run.accelerator.num_processes, run.micro_batches.per_step
+    mine, tree = block(total, num_ranks, run.accelerator.process_index), TreeSum(total)
+    for turn in range(-(-total // num_ranks)):  # equally many on all ranks: a sharded base's gathers must match
+        index = mine[min(turn, len(mine) - 1)]
+        batch, counts = read_micro_batch(run, step, index)
+        loss = forward_loss(run, batch)
+        grads = torch.autograd.grad(scaled(run, loss), run.params, allow_unused=True)
+        leaf = flatten_gradients(run.params, grads, [loss.item(), *counts, stop], num_ranks)
+        if turn < len(mine):  # else a spare turn: thrown away
+            tree.add(0, index, leaf)
+    release(run.model)  # under --gather_once all of it is whole until here
+    return tree_reduce(tree)
+
+
+def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
+    """A pipeline: each rank has its layers' part of every micro-batch's gradient. The sum as in `sum_over_ranks`."""
+    pipeline, total = run.pipeline, run.micro_batches.per_step
+    device, dtype = run.accelerator.device, run.model.get_input_embeddings().weight.dtype
+    tree, under_way = TreeSum(total), {}
+    for action, index in schedule(total, pipeline.stage, pipeline.num_stages):
+        if action == "forward":
+            batch, counts = read_micro_batch(run, step, index)
+            shape_BTH = torch.Size([*batch.input_ids_BT.shape, run.model.config.hidden_size])
+            receive_from_before(pipeline, shape_BTH, dtype, device)
+            try:
+                loss = forward_loss(run, batch)
+                under_way[index] = pipeline.inbox_BTH, scaled(run, loss), [loss.item(), *counts, stop]
+            except StageDone as done:
+                (hidden_states_BTH,) = done.args
+                assert (hidden_states_BTH.shape, hidden_states_BTH.dtype) == (shape_BTH, dtype)
+                send_onward(pipeline, hidden_states_BTH)
+                under_way[index] = pipeline.inbox_BTH, hidden_states_BTH, [0, 0, 0, 0, stop]
+        else:
+            inbox_BTH, output, extras = under_way.pop(index)
+            grad = None if pipeline.is_last else pipeline.receive(torch.empty_like(output), pipeline.stage + 1)
+            inputs = [*run.params, inbox_BTH] if pipeline.stage else run.params
+            grads = torch.autograd.grad(output, inputs, grad, allow_unused=True)
+            if pipeline.stage:
+                pipeline.send(grads[-1], pipeline.stage - 1)
+            tree.add(0, index, flatten_gradients(run.params, grads[: len(run.params)], extras, num_ranks=1))
+    pipeline.wait()
+    ((_, flat),) = tree.nodes.items()
+    numel = sum(p.numel() for p in run.params)
+    dist.all_reduce(flat[:numel].view(torch.int32))  # each gradient is one rank's: its bits, and zeros from the others
+    dist.all_reduce(flat[numel:])
+    return flat
+
+
 def apply_gradient(run: Training, grad: torch.Tensor) -> float:
     """Clip the flat gradient, update the parameters and the learning rate; returns the norm before clipping."""
-    for param, part in zip(run.params, grad.split([p.numel() for p in run.params]), strict=True):
-        param.grad = part.view_as(param)
+    if not run.zero2:
+        for param, part in zip(run.params, grad.split([p.numel() for p in run.params]), strict=True):
+            param.grad = part.view_as(param)
     scaler = run.accelerator.scaler
     if scaler:
         scaler.unscale_(run.optimizer)  # in place, so in `grad` too
@@ -142,6 +197,8 @@ def apply_gradient(run: Training, grad: torch.Tensor) -> float:
     if scaler:
         scaler.step(run.optimizer)  # left out where fp16 overflowed; the same on all ranks, as the gradient is
         scaler.update()
+    elif run.zero2:
+        step_with(run.zero2, run.params, grad)
     else:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -152,14 +209,13 @@ def apply_gradient(run: Training, grad: torch.Tensor) -> float:
 @torch.no_grad()
 def evaluate(run: Training) -> float:
     """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
-    size, num_ranks, device = (
-        run.config.per_device_eval_batch_size,
-        run.accelerator.num_processes,
-        run.accelerator.device,
-    )
+    size, device = run.config.per_device_eval_batch_size, run.accelerator.device
+    num_ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
+    if run.pipeline:  # every rank takes part in every batch
+        num_ranks, rank = 1, 0
     rows = sorted(run.eval_rows, key=len)  # rows of a length together: little padding
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    mine = block(len(batches), num_ranks, run.accelerator.process_index)
+    mine = block(len(batches), num_ranks, rank)
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)
     run.model.eval()
     for turn in range(-(-len(batches) // num_ranks)):
@@ -170,7 +226,7 @@ def evaluate(run: Training) -> float:
             sums[index] = torch.tensor([loss, num_trained], dtype=torch.float64)
     run.model.train()
     release(run.model)
-    if dist.is_initialized():
+    if num_ranks > 1:
         dist.all_reduce(sums)  # each row is zero on all ranks but one: exact in any order
     loss, num_trained = sums.cpu().sum(0).tolist()
     return loss / num_trained
@@ -187,7 +243,7 @@ def complete(run: Training, prompt: str, max_new_tokens: int = 48) -> str:
     with run.accelerator.autocast():
         out = run.model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens, use_cache=not run.pipeline,
             pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
         )  # fmt: skip
     run.model.train()
@@ -261,7 +317,7 @@ def train(run: Training, metrics: MetricsLog) -> dict:
     return {
         "steps": done, "loss_first": losses[0], "loss_last": losses[-1], "eval_loss_base": eval_loss_base,
         "eval_loss": eval_loss, "tokens_seen": tokens_seen, "tokens_per_second": tokens_seen / train_time_s,
-        "gathered_bytes_per_step": gathered,
+        "gathered_bytes_per_step": None if is_partitioned(run.model) else gathered,  # DeepSpeed's are not counted
     }  # fmt: skip
 
 

@@ -46,24 +46,24 @@ def main(config: TrainConfig) -> None:
     from lora_dist.metrics import MetricsLog
     from lora_dist.placement import agree, choose_placement
     from lora_dist.quantized_cache import load_cached_base
-    from lora_dist.strategies import launched_strategy, world_size
+    from lora_dist.strategies import read_launch, world_size
     from lora_dist.train import Training, complete, train
 
     # Where are we, and can this be trained at all?
-    strategy = launched_strategy()
+    launch = read_launch(config)
     config, decision = session.choose_defaults(
         config, gpu_model="facebook/opt-6.7b", gpu_dataset="Abirate/english_quotes"
     )
-    dtype, num_ranks = session.base_dtype(), world_size()
+    dtype, num_ranks = session.base_dtype(launch.mixed_precision), world_size()
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype)
     check_targets(skeleton, config)
-    placement = choose_placement(strategy, config, skeleton, num_ranks=num_ranks, dtype=dtype)
+    placement = choose_placement(launch, config, skeleton, num_ranks=num_ranks, dtype=dtype)
 
     # Data: before the ranks meet, so that a slow disk is never a collective's time-out.
     tokenizer = load_tokenizer(config.model_name_or_path)
     train_rows, eval_rows = (tokenize(texts, tokenizer, config.max_length) for texts in load_texts(config))
 
-    with session.open_session(config, recipe="opt_quotes") as (accelerator, folder):
+    with session.open_session(config, "opt_quotes", launch.mixed_precision) as (accelerator, folder):
         accelerator.print(decision)
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
@@ -82,16 +82,18 @@ def main(config: TrainConfig) -> None:
             train_rows, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,
             sequences=config.per_device_train_batch_size, per_step=config.gradient_accumulation_steps * num_ranks,
         )  # fmt: skip
-        run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, folder, base)
-        accelerator.print(session.banner(run, strategy, placement))
+        run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, folder, base, placement)
+        accelerator.print(session.banner(run, launch.strategy))
         samples = {"before": complete(run, config.sample_prompt)}
-        with MetricsLog(folder, accelerator, config, session.wandb_config(config, strategy, accelerator)) as metrics:
+        with MetricsLog(
+            folder, accelerator, config, session.wandb_config(config, launch.strategy, accelerator)
+        ) as metrics:
             measured = train(run, metrics)
         if measured["steps"] == run.num_steps:  # else preempted: leave soon
             samples["after"] = complete(run, config.sample_prompt)
 
         # Save
-        session.finish(run, strategy, {**measured, "samples": samples, "load_s": load_s})
+        session.finish(run, launch.strategy, {**measured, "samples": samples, "load_s": load_s})
 
 
 if __name__ == "__main__":

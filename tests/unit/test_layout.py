@@ -8,8 +8,8 @@ import yaml
 from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-ORDER = """__init__ embedded preemption config strategies data manifest weights quantization
-    serialization sharding packing base_model quantized_cache placement adapters reduction
+ORDER = """__init__ embedded preemption config deepspeed_config strategies data manifest weights quantization
+    serialization sharding zero packing reduction pipeline base_model quantized_cache placement adapters
     run_folder metrics report train session cli""".split()
 
 
@@ -23,7 +23,7 @@ def test_modules_import_only_earlier_ones():
 
 
 def test_config_and_strategies_import_no_torch():
-    for module in ("preemption", "config", "strategies", "embedded/__init__"):
+    for module in ("preemption", "config", "deepspeed_config", "strategies", "embedded/__init__"):
         names = [
             alias.name if isinstance(node, ast.Import) else node.module
             for node in ast.walk(ast.parse((ROOT / f"lora_dist/{module}.py").read_text()))

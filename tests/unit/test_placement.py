@@ -11,7 +11,7 @@ from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.placement import choose_placement, layers_that_fit, peak_bytes
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import STRATEGIES, Placement, launched_strategy
+from lora_dist.strategies import STRATEGIES, Launch, Placement, read_launch
 
 DTYPE = torch.bfloat16
 
@@ -24,16 +24,17 @@ def skeleton():
 def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkeypatch=None, **settings):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     config = dataclasses.replace(config, **settings)
-    return choose_placement(STRATEGIES[strategy], config, skeleton, num_ranks=num_ranks, dtype=DTYPE)
+    return choose_placement(Launch(STRATEGIES[strategy], "bf16"), config, skeleton, num_ranks=num_ranks, dtype=DTYPE)
 
 
 @pytest.mark.parametrize(
     "strategy, settings, expected",
     [
-        ("fsdp", {}, Placement(shard_ranks=4)),  # a copy a node: the base never crosses nodes
-        ("fsdp", {"shard_size": 8}, Placement(shard_ranks=8)),
-        ("fsdp", {"shard_size": 2, "resident_layers": "3"}, Placement(shard_ranks=2, resident_layers=3)),
-        ("fsdp", {"gather_once": True}, Placement(shard_ranks=4, gather_once=True)),
+        ("fsdp", {}, Placement(shard_ranks=8)),
+        ("hsdp", {}, Placement(shard_ranks=4)),  # a copy a node: the base never crosses nodes
+        ("hsdp", {"shard_size": 8}, Placement(shard_ranks=8)),
+        ("hsdp", {"shard_size": 2, "resident_layers": "3"}, Placement(shard_ranks=2, resident_layers=3)),
+        ("fsdp", {"gather_once": True}, Placement(shard_ranks=8, gather_once=True)),
         ("fsdp", {"resident_layers": "all"}, Placement()),
         ("ddp", {}, Placement()),
     ],
@@ -102,7 +103,7 @@ def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch)
 @pytest.mark.parametrize(
     "env, words",
     [
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config: .* --shard_size N"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config: .*hsdp.yaml"),
         ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward: false: .* --resident_layers N"),
     ],
 )
@@ -111,4 +112,4 @@ def test_settings_of_the_accelerate_config_without_effect_are_refused(monkeypatc
     for name, value in (launched | env).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        launched_strategy()
+        read_launch(TrainConfig())

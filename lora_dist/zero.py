@@ -1,0 +1,126 @@
+"""DeepSpeed under the same loop: ZeRO-3 holds the frozen base, ZeRO-2 shards the adapters' optimizer.
+
+DeepSpeed never sees a micro-batch's gradient: those are summed along our tree as under every strategy, so the training
+is the same, bit for bit. Under ZeRO-3 DeepSpeed partitions the base, gathers each module's weights for its forward and
+backward, and offloads them; the adapters are added afterwards and are no business of DeepSpeed's. Under ZeRO-2 it is
+handed the reduced gradient once a step.
+"""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lora_dist.sharding import decoder_layers
+
+
+def split_rows(model: nn.Module, device: torch.device) -> None:
+    """Mark every parameter of a model on meta as split by rows over all ranks, so that the loader reads only those."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    split = {}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            if param not in split:
+                rows = -(-param.shape[0] // mesh.size())  # torch.chunk's rule, which the loader follows
+                own = param.data[rows * mesh.get_rank() : rows * (mesh.get_rank() + 1)]
+                whole = DTensor.from_local(own, mesh, [Shard(0)], shape=param.shape, stride=param.stride())
+                split[param] = nn.Parameter(whole, requires_grad=False)
+            setattr(module, name, split[param])  # a tied one stays tied
+
+
+def partition_base(model: nn.Module, settings: dict, device: torch.device) -> None:
+    """Hand a base that is split by rows over to ZeRO-3, one parameter at a time: none is whole for longer than that."""
+    deepspeed = _import_deepspeed(device)
+    config = engine_config(settings, model)
+    partitioned, first = {}, None
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param not in partitioned:
+                rows = DTensor.from_local(  # from the host's memory where the base is offloaded
+                    param.to_local().to(device), param.device_mesh, param.placements,
+                    shape=param.shape, stride=param.stride(),
+                )  # fmt: skip
+                whole = nn.Parameter(rows.full_tensor(), requires_grad=False)
+                if first is None:
+                    first = whole
+                    deepspeed.zero.Init(module=nn.ParameterList([whole]), config_dict_or_path=config)
+                else:
+                    first.convert_to_zero_parameters([whole])
+                partitioned[param] = whole
+            setattr(module, name, partitioned[param])
+    engine = deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
+    vars(model)["zero_engine"] = engine  # its end would remove the hooks; not a submodule, as it holds the model
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    return any(hasattr(param, "ds_tensor") for param in model.parameters())
+
+
+def engine_config(settings: dict, base: nn.Module | None = None) -> dict:
+    """What DeepSpeed is given: one micro-batch a step, as the accumulation, clipping and precision are the loop's."""
+    zero = copy.deepcopy(settings["zero_optimization"])
+    if zero["stage"] == 3:
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(base))
+        # DeepSpeed's own values are absolute numbers that keep a small base, or one of 8 bits, whole on every rank.
+        filled = {
+            "stage3_param_persistence_threshold": max(p.numel() for p in base.parameters() if p.dim() == 1),
+            "stage3_max_live_parameters": 2 * layer,
+            "stage3_max_reuse_distance": layer,  # backward takes what the recomputation has just gathered
+            "stage3_prefetch_bucket_size": layer,
+        }
+        zero |= {key: value for key, value in filled.items() if zero.get(key, "auto") == "auto"}
+        zero.setdefault("memory_efficient_linear", False)  # it would replace torch.nn.functional.linear
+    keep = {key: value for key, value in settings.items() if key == "comms_logger"}
+    return keep | {
+        "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its own default is 1
+        "zero_allow_untested_optimizer": True, "steps_per_print": 2**31,
+    }  # fmt: skip
+
+
+def shard_optimizer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict):
+    """A ZeRO-2 engine whose `step` updates `params`; each rank keeps 1/N of the optimizer's state."""
+    deepspeed = _import_deepspeed(params[0].device)
+    config = engine_config(settings)
+    adapters = nn.ParameterList(params)  # the base is not DeepSpeed's to move or cast
+    return deepspeed.initialize(model=adapters, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def step_with(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
+    """One optimizer step with `grad`, flat and the same on all ranks, as it is.
+
+    DeepSpeed averages over the ranks what backward brings: rank 0 brings N times the gradient and the others zeros, so
+    the average is exact where N is a power of two, and else within one rounding.
+    """
+    grad = grad * (dist.get_world_size() if dist.get_rank() == 0 else 0)
+    parts = grad.split([p.numel() for p in params])
+    engine.backward(sum((p * part.view_as(p)).sum() for p, part in zip(params, parts, strict=True)))
+    engine.step()
+
+
+def partitioned_bytes(param: nn.Parameter) -> int | None:
+    """Bytes that this rank keeps of a parameter between uses; None where DeepSpeed has not partitioned it."""
+    if not hasattr(param, "ds_tensor"):
+        return None
+    return param.ds_tensor.nbytes + (param.ds_numel * param.ds_tensor.itemsize if param.ds_persist else 0)
+
+
+def whole_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, which DeepSpeed leaves empty between uses."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def _import_deepspeed(device: torch.device):
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # seconds, and only where it is used
+
+    if (
+        device.type == "cpu"
+    ):  # its own all-reduce is compiled at the first start, needs a compiler, and is not used here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
