@@ -1,17 +1,19 @@
 """The `lora-dist` command."""
 
 import argparse
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 
 from lora_dist.config import UserError, end_process
+from lora_dist.strategies import STRATEGIES
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_quantize, _add_report):
+    for add in (_add_generate, _add_quantize, _add_report, _add_strategies):
         add(commands)
     args = parser.parse_args(argv)
     end_process(partial(args.run, args))
@@ -107,6 +109,29 @@ def _report(args) -> None:
         raise UserError(f"{folder.root}: holds no config.yaml; give a run folder")
     write_report(folder)
     print(folder.report)
+
+
+def _add_strategies(commands) -> None:
+    command = commands.add_parser(
+        "strategies", help="list the ways to place the base",
+        description="List the ways to place the base, one file of accelerate_configs/ each.",
+        epilog="Example: lora-dist strategies --json",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="print the table as JSON")
+    command.set_defaults(run=_strategies)
+
+
+def _strategies(args) -> None:
+    rows = [dataclasses.asdict(row) for row in STRATEGIES.values()]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['name']}: {row['summary']}")
+        print(f"  engine {row['engine']} | base per rank {row['base_per_rank']} | offloads {row['offloads']}")
+        print(f"  moves in a step: {row['traffic_per_step']}")
+        refuses = f" | refuses {' '.join(row['refuses'])}" if row["refuses"] else ""
+        print(f"  quantization {' '.join(row['quantizations'])}{refuses}")
 
 
 if __name__ == "__main__":

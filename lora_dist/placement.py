@@ -27,12 +27,9 @@ def choose_placement(
     require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)
     require(config.shard_size is None, "shard_size", config.shard_size, why)
     require(not config.gather_once, "gather_once", config.gather_once, why)
-    if strategy.engine in ("ZeRO-3", "pipeline"):
-        # What is trained in place, or read outside of a layer's forward, is not there on every rank.
-        why = f"cannot be had under {strategy.name}; use fsdp"
-        require(config.lora_bias == "none", "lora_bias", config.lora_bias, why)
-        require(not config.modules_to_save, "modules_to_save", config.modules_to_save, why)
-        require(not config.use_dora, "use_dora", config.use_dora, why)
+    for name in strategy.refuses:
+        value = getattr(config, name)
+        require(value in ("none", None, False), name, value, f"cannot be had under {strategy.name}; use fsdp")
     if strategy.engine == "pipeline":
         num_layers = len(decoder_layers(skeleton))
         if num_layers < num_ranks:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from lora_dist.placement import describe
 from lora_dist.report import write_report
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import Strategy, world_size
+from lora_dist.strategies import Launch, Strategy, world_size
 from lora_dist.train import Training, peak_memory_bytes, save_adapter_checked
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,11 +83,36 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
     return accelerator
 
 
+def check_same_on_all_ranks(config: TrainConfig, launch: Launch, accelerator: Accelerator) -> None:
+    """Raises UserError where a rank has other packages, another device, launcher config or settings. Collective."""
+    mine = {f"the package {name}": version(name) for name in PACKAGES}
+    mine |= {f"--{name}": value for name, value in dataclasses.asdict(config).items()}
+    mine |= {"strategy": launch.strategy.name, "mixed precision": launch.mixed_precision, "device": device_name()}
+    mine["DeepSpeed config"] = launch.deepspeed
+    ranks = gather_object([(socket.gethostname(), mine)])
+    host, first = ranks[0]
+    for rank, (other_host, other) in enumerate(ranks):
+        differing = [name for name in first if other[name] != first[name]]
+        if differing:
+            (name, *more), also = differing, ""
+            if more:
+                also = f" (also {', '.join(more)})"
+            raise UserError(
+                f"{name}: {first[name]} on rank 0 ({host}), {other[name]} on rank {rank} ({other_host}){also}; "
+                "all ranks need the same"
+            )
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
-def open_session(config: TrainConfig, recipe: str, mixed_precision: str) -> Iterator[tuple[Accelerator, RunFolder]]:
+def open_session(config: TrainConfig, recipe: str, launch: Launch) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
-    accelerator, folder = start_ranks(mixed_precision), None
+    accelerator, folder = start_ranks(launch.mixed_precision), None
     try:
+        check_same_on_all_ranks(config, launch, accelerator)
         folder = _open_run_folder(config, recipe, accelerator)
         yield accelerator, folder
     except BaseException as error:
@@ -150,7 +176,7 @@ def wandb_config(config: TrainConfig, strategy: Strategy, accelerator: Accelerat
         "world_size": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "versions": {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
     }
 
 

@@ -19,9 +19,12 @@ class Strategy:
     traffic_per_step: str
     offloads: str = "nothing"
     quantizations: tuple[str, ...] = ("int8", "nf4", "nf4_plain", "none")
+    refuses: tuple[str, ...] = ()  # settings that cannot be had under it
 
 
 GRADIENTS = "adapter gradients"
+# Of a base whose layers are not whole on every rank all the time: train some of it in place, or read it from outside.
+ON_WHOLE_LAYERS = ("lora_bias", "modules_to_save", "use_dora")
 STRATEGIES = {
     row.name: row
     for row in (
@@ -37,12 +40,13 @@ STRATEGIES = {
         Strategy("zero2", "as ddp, DeepSpeed shards the optimizer of the adapters", "ZeRO-2", "whole",
                  f"{GRADIENTS} twice"),
         Strategy("zero3", "DeepSpeed partitions the base and gathers a module at a time", "ZeRO-3", "1/N",
-                 f"{GRADIENTS}, the packed base two to three times per micro-batch"),
+                 f"{GRADIENTS}, the packed base two to three times per micro-batch", refuses=ON_WHOLE_LAYERS),
         Strategy("zero3_offload", "as zero3, the partitions in host memory", "ZeRO-3", "1/N",
                  f"{GRADIENTS}, the packed base two to three times per micro-batch, and from the host",
-                 offloads="the base to host memory"),
+                 offloads="the base to host memory", refuses=ON_WHOLE_LAYERS),
         Strategy("pipeline", "each rank holds some layers, activations go from rank to rank", "pipeline",
-                 "1/N of the layers", f"{GRADIENTS}, one layer's output forth and back per micro-batch"),
+                 "1/N of the layers", f"{GRADIENTS}, one layer's output forth and back per micro-batch",
+                 refuses=ON_WHOLE_LAYERS),
     )
 }  # fmt: skip
 

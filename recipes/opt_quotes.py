@@ -63,7 +63,7 @@ def main(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model_name_or_path)
     train_rows, eval_rows = (tokenize(texts, tokenizer, config.max_length) for texts in load_texts(config))
 
-    with session.open_session(config, "opt_quotes", launch.mixed_precision) as (accelerator, folder):
+    with session.open_session(config, "opt_quotes", launch) as (accelerator, folder):
         accelerator.print(decision)
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.

@@ -1,6 +1,10 @@
 """What the sharded base is compared with: bitsandbytes and PEFT on one process."""
 
+import json
+import os
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import bitsandbytes.functional as F
 import torch
@@ -77,9 +81,53 @@ def randomize(model):
 
 
 def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", config=None, **placement):
-    """Ours, over all ranks unless `placement` says otherwise. `config`: says what of the base will be trained."""
+    """Ours, over all ranks unless `placement` says otherwise."""
     placement = {"shard_ranks": dist.get_world_size() if dist.is_initialized() else 1} | placement
+    return load_placed(Placement(**placement), quantization, dtype, path, config)
+
+
+def load_placed(placement: Placement, quantization: str, dtype: torch.dtype, path="embedded", config=None):
+    """Ours, placed as said. `config`: says what of the base will be trained."""
     trained = {"is_trained": partial(is_trained, config)} if config else {}
-    return load_base(
-        str(path), quantization=quantization, dtype=dtype, device=CPU, placement=Placement(**placement), **trained
-    )
+    return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=placement, **trained)
+
+
+def zero(stage: int, offload: bool = False, **zero_optimization) -> dict:
+    """A DeepSpeed config as the launcher hands it on."""
+    if offload:
+        zero_optimization["offload_param"] = {"device": "cpu"}
+    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage, **zero_optimization}}
+
+
+TRAJECTORIES = Path(__file__).parent / "trajectories.json"
+# Of other processors, whose kernels round differently; measured in docs/exactness.md.
+BOUNDS = {"no": 1e-5, "bf16": 5e-2}
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a run on CPU depend on."""
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return packages | {"cpu": model.split(":")[1].strip(), "kernels": torch.backends.cpu.get_cpu_capability()}
+
+
+def assert_as_checked_in(name: str, trajectory: list) -> None:
+    """Compare with `trajectories.json`: bit for bit in the environment it was made in, else within BOUNDS.
+
+    `name` ends in the precision. With WRITE_TRAJECTORIES set, the file is written instead.
+    """
+    file = json.loads(TRAJECTORIES.read_text()) if TRAJECTORIES.exists() else {}
+    if os.environ.get("WRITE_TRAJECTORIES"):
+        file |= {"environment": environment(), name: trajectory}
+        TRAJECTORIES.write_text(json.dumps(file, indent=1) + "\n")
+    expected = file[name]
+    if file["environment"] == environment():
+        assert trajectory == expected
+    else:
+        pairs = zip(flat(trajectory), flat(expected), strict=True)
+        bound = BOUNDS[name.split()[-1]]
+        assert [(mine, theirs) for mine, theirs in pairs if abs(mine - theirs) > bound * abs(theirs)] == []
+
+
+def flat(trajectory: list) -> list[float]:
+    return [number for entry in trajectory for number in (entry if isinstance(entry, list) else [entry])]

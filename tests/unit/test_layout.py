@@ -36,7 +36,10 @@ def test_config_and_strategies_import_no_torch():
 def test_each_accelerate_config_is_a_row_of_the_table():
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert files.keys() == STRATEGIES.keys()
-    for name, file in files.items():
-        assert (file["distributed_type"] == "FSDP") == (STRATEGIES[name].base_per_rank == "1/N")
+    for name, file in files.items():  # tests/recipes/test_strategies.py launches each
+        assert (file["distributed_type"] == "FSDP") == (STRATEGIES[name].engine == "FSDP2")
         assert (file["num_processes"] > 1) == (name != "single")
         assert not file["use_cpu"]  # the recipe decides: the same file serves CPU and GPU
+        header = (ROOT / f"accelerate_configs/{name}.yaml").read_text().split("compute_environment")[0]
+        assert header.startswith(f"# {name}: ")
+        assert all(f"# {part}" in header for part in ("When: ", "Memory per GPU: ", "Traffic per step: "))

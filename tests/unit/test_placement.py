@@ -44,15 +44,31 @@ def test_placements(skeleton, config, monkeypatch, strategy, settings, expected)
 
 
 def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert choose(skeleton, config, monkeypatch=monkeypatch) == Placement(shard_ranks=4, offload=True)
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, value in (launched | {"FSDP_OFFLOAD_PARAMS": "true"}).items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch(config)
+    assert launch.strategy.name == "fsdp_offload"
+    placement = choose_placement(launch, config, skeleton, num_ranks=2, dtype=DTYPE)
+    assert placement == Placement(shard_ranks=2, offload=True)
+    for resident in ("all", "auto"):  # nothing would be left to offload
+        with pytest.raises(UserError, match=f"--resident_layers {resident}: .* fsdp_offload_params asks"):
+            choose_placement(
+                launch, dataclasses.replace(config, resident_layers=resident), skeleton, num_ranks=2, dtype=DTYPE
+            )
 
 
 @pytest.mark.parametrize(
     "strategy, settings, words",
     [
-        ("fsdp", {"shard_size": 3}, "--shard_size 3: must divide the 8 ranks"),
-        ("fsdp", {"shard_size": 1}, "--shard_size 1: shards nothing"),
+        ("hsdp", {"shard_size": 3}, "--shard_size 3: must divide the 8 ranks"),
+        ("hsdp", {"shard_size": 1}, "--shard_size 1: shards nothing"),
+        ("fsdp", {"shard_size": 4}, "--shard_size 4: has no effect under fsdp, .*hsdp.yaml"),
+        ("zero3", {"resident_layers": "2"}, "--resident_layers 2: has no effect under zero3"),
+        ("zero3", {"use_dora": True}, "--use_dora True: cannot be had under zero3; use fsdp"),
+        ("zero3_offload", {"modules_to_save": ["lm_head"]}, "--modules_to_save .* cannot be had under zero3_offload"),
+        ("pipeline", {"lora_bias": "all"}, "--lora_bias all: cannot be had under pipeline; use fsdp"),
+        ("pipeline", {}, "num_processes: 8: the model has 4 layers"),
         ("fsdp", {"resident_layers": "4"}, "--resident_layers 4: the model has 4 layers"),
         ("fsdp", {"resident_layers": "all", "gather_once": True}, "--gather_once True: has no effect"),
         ("ddp", {"shard_size": 2}, "--shard_size 2: has no effect under ddp"),
