@@ -18,7 +18,7 @@ from lora_dist.config import TrainConfig, UserError, require
 from lora_dist.data import MicroBatch, random_key
 from lora_dist.quantization import FrozenLinear, packed_weights
 from lora_dist.sharding import release
-from lora_dist.zero import whole_shape
+from lora_dist.zero import is_partitioned, whole_shape
 
 # In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -79,7 +79,10 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         param.data = param.data.float()
     if config.gradient_checkpointing:
         # Non-reentrant: the inputs of a frozen layer need no gradient, which the reentrant form would require.
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        how = {"use_reentrant": False}
+        if is_partitioned(model):  # it would look at the weights' shapes when DeepSpeed has freed them again
+            how["determinism_check"] = "none"
+        model.activation_checkpointing_enable(how)
     return peft_model
 
 

@@ -10,6 +10,7 @@ B, T, H: sequences, tokens, hidden size. Stage s is rank s.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,20 +28,6 @@ class StageDone(Exception):
     """Ends a forward after this rank's last layer; carries its output."""
 
 
-class Elsewhere:
-    """Mixed into a decoder layer that another rank holds: passes on, receives, or ends the forward."""
-
-    def __call__(self, *args, **kwargs):  # nothing to recompute
-        return nn.Module.__call__(self, *args, **kwargs)
-
-    def forward(self, hidden_states_BTH: torch.Tensor, *args, **kwargs):
-        if torch.is_grad_enabled():  # in a step of the schedule; else `_share` comes next
-            if self.comes_after:
-                raise StageDone(hidden_states_BTH)
-            hidden_states_BTH = self.pipeline.inbox_BTH
-        return (hidden_states_BTH,) if self.pipeline.returns_tuple else hidden_states_BTH
-
-
 @dataclass
 class Pipeline:
     """One rank's place in the pipeline."""
@@ -50,6 +37,7 @@ class Pipeline:
     layers: range  # indices of this rank's decoder layers
     returns_tuple: bool
     inbox_BTH: torch.Tensor | None = None  # what the stage before sent, for the forward under way
+    random_state: torch.Tensor | None = None  # and the state after its last layer
     bytes_sent: int = 0
 
     def __post_init__(self):
@@ -75,6 +63,16 @@ class Pipeline:
         for work, _ in self.pending:
             work.wait()
         self.pending.clear()
+
+
+def pass_on(pipeline: Pipeline, comes_after: bool, hidden_states_BTH: torch.Tensor, *args, **kwargs):
+    """The forward of a decoder layer that another rank holds, before or after this rank's."""
+    if torch.is_grad_enabled():  # in a step of the schedule; else `share` comes next
+        if comes_after:
+            raise StageDone(hidden_states_BTH)
+        hidden_states_BTH = pipeline.inbox_BTH
+        set_random_state(pipeline.random_state, hidden_states_BTH.device)  # the embeddings may have drawn
+    return (hidden_states_BTH,) if pipeline.returns_tuple else hidden_states_BTH
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
@@ -106,11 +104,10 @@ def put_back(model: PreTrainedModel, aside: dict[str, nn.Module], num_stages: in
     vars(model)["pipeline"] = pipeline
     for index, layer in enumerate(layers):
         if index not in own:
-            layer.__class__ = type(type(layer).__name__, (Elsewhere, type(layer)), {})
-            vars(layer)["pipeline"], layer.comes_after = pipeline, index >= own.stop
+            layer.forward = partial(pass_on, pipeline, index >= own.stop)  # on the object: never checkpointed
     for stage in range(num_stages):
         end = stage_layers(len(layers), num_stages, stage).stop - 1
-        layers[end].register_forward_hook(lambda layer, args, output, stage=stage: _share(pipeline, output, stage))
+        layers[end].register_forward_hook(lambda layer, args, output, stage=stage: share(pipeline, output, stage))
 
 
 def pipeline_of(model: nn.Module) -> Pipeline | None:
@@ -118,7 +115,7 @@ def pipeline_of(model: nn.Module) -> Pipeline | None:
     return next((vars(module)["pipeline"] for module in model.modules() if "pipeline" in vars(module)), None)
 
 
-def _share(pipeline: Pipeline, output, stage: int):
+def share(pipeline: Pipeline, output, stage: int):
     """Without gradients (evaluation, generation) all ranks go on with a stage's output: each ends with the logits."""
     assert isinstance(output, tuple) == pipeline.returns_tuple
     if torch.is_grad_enabled():
@@ -164,11 +161,11 @@ def send_onward(pipeline: Pipeline, hidden_states_BTH: torch.Tensor) -> None:
 
 
 def receive_from_before(pipeline: Pipeline, shape_BTH: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill the inbox, a leaf of autograd, and take over the random state; nothing on the first stage."""
+    """Fill the inbox, a leaf of autograd; nothing on the first stage."""
     if pipeline.stage == 0:
         return
     size = message_bytes(shape_BTH, dtype, device)
     message = pipeline.receive(torch.empty(size, dtype=torch.uint8, device=device), pipeline.stage - 1)
     num_bytes = shape_BTH.numel() * dtype.itemsize
     pipeline.inbox_BTH = message[:num_bytes].view(dtype).view(shape_BTH).requires_grad_()
-    set_random_state(message[num_bytes:].clone(), device)  # a view may lie at an odd address, which crashes
+    pipeline.random_state = message[num_bytes:].clone()  # a view may lie at an odd address, which torch does not take

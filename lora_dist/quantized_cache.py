@@ -51,14 +51,23 @@ def load_cached_base(
     fingerprint = fingerprint_of(name, quantization, dtype)
     why_not = unusable_because(cache, fingerprint)
     if why_not is None:
-        model = load_base(str(cache), **how)
-        model.config.name_or_path = model.name_or_path = model_path(name)  # what the adapter is an adapter of
-        return model
+        return _load_from(cache, name, how)
     if _rank() == 0 and cache.exists():
         print(f"quantized cache {cache}: {why_not}; it is made anew", flush=True)
+    if placement.stages > 1:  # the stages of a pipeline have no rows of each weight to write
+        rows = read_base(name, **(how | {"placement": Placement(shard_ranks=_num_ranks())}))
+        write_cache(rows, name, cache, fingerprint, dtype)
+        del rows
+        return _load_from(cache, name, how)
     model = read_base(name, **how)
     write_cache(model, name, cache, fingerprint, dtype)
     hand_over(model, placement, device)
+    return model
+
+
+def _load_from(cache: Path, name: str, how: dict) -> PreTrainedModel:
+    model = load_base(str(cache), **how)
+    model.config.name_or_path = model.name_or_path = model_path(name)  # what the adapter is an adapter of
     return model
 
 

@@ -18,11 +18,20 @@ from torch.distributed.tensor import DTensor, Shard
 from lora_dist.sharding import decoder_layers
 
 
+def modules_with_matrices(model: nn.Module) -> list[nn.Module]:
+    """What DeepSpeed is given: modules that hold a matrix, with their vectors. Norms stay whole on every rank.
+
+    Not the whole model: DeepSpeed puts identity functions around each module that it knows. Around a norm, which uses
+    its input more than once, they would group the sum of its gradient in another way.
+    """
+    return [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+
+
 def split_rows(model: nn.Module, device: torch.device) -> None:
-    """Mark every parameter of a model on meta as split by rows over all ranks, so that the loader reads only those."""
+    """Mark what DeepSpeed will get of a model on meta as split by rows over all ranks: the loader reads only those."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
     split = {}
-    for module in model.modules():
+    for module in modules_with_matrices(model):
         for name, param in module.named_parameters(recurse=False):
             if param not in split:
                 rows = -(-param.shape[0] // mesh.size())  # torch.chunk's rule, which the loader follows
@@ -36,8 +45,8 @@ def partition_base(model: nn.Module, settings: dict, device: torch.device) -> No
     """Hand a base that is split by rows over to ZeRO-3, one parameter at a time: none is whole for longer than that."""
     deepspeed = _import_deepspeed(device)
     config = engine_config(settings, model)
-    partitioned, first = {}, None
-    for module in model.modules():
+    modules, partitioned, first = modules_with_matrices(model), {}, None
+    for module in modules:
         for name, param in list(module.named_parameters(recurse=False)):
             if param not in partitioned:
                 rows = DTensor.from_local(  # from the host's memory where the base is offloaded
@@ -52,8 +61,8 @@ def partition_base(model: nn.Module, settings: dict, device: torch.device) -> No
                     first.convert_to_zero_parameters([whole])
                 partitioned[param] = whole
             setattr(module, name, partitioned[param])
-    engine = deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
-    vars(model)["zero_engine"] = engine  # its end would remove the hooks; not a submodule, as it holds the model
+    engine = deepspeed.initialize(model=nn.ModuleList(modules), config=config, dist_init_required=False)[0]
+    model.register_forward_pre_hook(lambda *_: engine.optimizer.get_param_coordinator().reset_step())
 
 
 def is_partitioned(model: nn.Module) -> bool:

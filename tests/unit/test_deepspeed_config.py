@@ -1,0 +1,125 @@
+"""DeepSpeed's JSON against the flags: what acts, what is filled in, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lora_dist.base_model import meta_model
+from lora_dist.config import UserError
+from lora_dist.deepspeed_config import idle_keys, mixed_precision, read_deepspeed_config
+from lora_dist.strategies import read_launch
+from lora_dist.zero import engine_config
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def read(config, tmp_path, settings, num_ranks=2):
+    file = tmp_path / "ds.json"
+    file.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return read_deepspeed_config(dataclasses.replace(config, deepspeed=str(file)), num_ranks)
+
+
+ZERO3 = {"stage": 3}
+REFUSED = {
+    "no JSON": ("{", "cannot be read"),
+    "a list": ("[]", "must hold a JSON object"),
+    "no stage": ({}, "zero_optimization.stage null: give 2 or 3"),
+    "stage 1": ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage 1: give 2 or 3"),
+    "an optimizer": ({"zero_optimization": ZERO3, "optimizer": {"type": "Adam"}}, "optimizer .*: has no effect here"),
+    "a scheduler": ({"zero_optimization": ZERO3, "scheduler": {}}, "scheduler .*: has no effect here"),
+    "accumulation": (
+        {"zero_optimization": ZERO3, "gradient_accumulation_steps": 8},
+        "gradient_accumulation_steps 8: --gradient_accumulation_steps make it 4",
+    ),
+    "micro-batch": (
+        {"zero_optimization": ZERO3, "train_micro_batch_size_per_gpu": 1},
+        "train_micro_batch_size_per_gpu 1: --per_device_train_batch_size make it 4",
+    ),
+    "batch": ({"zero_optimization": ZERO3, "train_batch_size": 16}, "train_batch_size 16: .* make it 32"),
+    "clipping": ({"zero_optimization": ZERO3, "gradient_clipping": 0.5}, "clipping 0.5: --max_grad_norm make it 1"),
+    "offloaded optimizer": (
+        {"zero_optimization": ZERO3 | {"offload_optimizer": {"device": "cpu"}}},
+        "offload_optimizer .*: the adapters' optimizer is some MiB",
+    ),
+    "offload without sharding": (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param .*: needs stage 3"
+    ),
+    "nvme": ({"zero_optimization": ZERO3 | {"offload_param": {"device": "nvme"}}}, "device .*nvme.*: .* use cpu"),
+    "fp16 in stage 2": ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 .*: .* use bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(config, tmp_path, what):
+    settings, words = REFUSED[what]
+    with pytest.raises(UserError, match=words) as error:
+        read(config, tmp_path, settings)
+    assert str(error.value).startswith("--deepspeed ") and "\n" not in str(error.value)
+
+
+def test_one_rank_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="ZeRO-3 shards over 2 ranks or more"):
+        read(config, tmp_path, {"zero_optimization": ZERO3}, num_ranks=1)
+
+
+def test_values_that_agree_with_the_flags_are_taken(config, tmp_path):
+    settings = {
+        "zero_optimization": ZERO3 | {"overlap_comm": True, "contiguous_gradients": True}, "gradient_clipping": 1.0,
+        "train_batch_size": 32, "gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"},
+    }  # fmt: skip
+    assert read(config, tmp_path, settings) == settings
+    assert idle_keys(settings) == ["contiguous_gradients"]  # said in the banner
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "fp16"),
+        ({"bf16": {"enabled": "auto"}}, "fp16"),  # accelerate's
+        ({}, "fp16"),
+        ({"bf16": {"enabled": False}}, "no"),
+    ],
+)
+def test_the_precision(monkeypatch, settings, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert mixed_precision(settings) == expected
+
+
+def test_the_fields_of_an_accelerate_config_without_a_file(config, two_ranks, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    launch = read_launch(config)
+    assert (launch.strategy.name, launch.mixed_precision, launch.offload) == ("zero3_offload", "bf16", True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(UserError, match="accelerate config deepspeed_config: gradient_accumulation_steps 2.0: .* 4"):
+        read_launch(config)
+
+
+def test_a_config_given_twice_is_refused(config, two_ranks, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--deepspeed x.json: the accelerate config is a DeepSpeed one already"):
+        read_launch(dataclasses.replace(config, deepspeed="x.json"))
+
+
+def test_what_deepspeed_is_given():
+    base = meta_model("embedded", "int8", torch.bfloat16)
+    settings = {"zero_optimization": ZERO3 | {"stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": "auto"}}
+    given = engine_config(settings, base)
+    zero = given["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 7 and zero["memory_efficient_linear"] is False
+    assert 10**5 < zero["stage3_max_live_parameters"] < 2 * 10**6 < 10**9  # two layers of this base
+    assert zero["stage3_param_persistence_threshold"] < 10**3
+    # DeepSpeed sees one micro-batch a step, and clips nothing.
+    assert (given["gradient_accumulation_steps"], given["train_micro_batch_size_per_gpu"]) == (1, 1)
+    assert given["gradient_clipping"] == 0 and "bf16" not in given
+    assert "stage3_max_live_parameters" not in engine_config({"zero_optimization": {"stage": 2}})["zero_optimization"]
