@@ -19,7 +19,7 @@ from lora_dist.train import train_step
 STEPS = 4
 # Trainer adds the micro-batches' gradients one after another and we along a tree: fp32's rounding, and AdamW's step,
 # which near a zero of the gradient turns a rounding into a part of the learning rate.
-BOUND = 1e-5
+BOUND = 2e-6
 
 
 class InOrder(Trainer):
@@ -72,4 +72,4 @@ def test_trainer_gives_our_trajectory(config, tmp_path, quantization):
     for (loss, norm), (their_loss, their_norm) in zip(ours, logged, strict=True):
         assert their_loss == pytest.approx(loss, rel=BOUND) and their_norm == pytest.approx(norm, rel=BOUND)
     for name, param in theirs.items():
-        assert param.any() and (param - adapter[name]).abs().max() < 0.02 * config.learning_rate, name
+        assert param.any() and (param - adapter[name]).abs().max() < 0.005 * config.learning_rate, name
