@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ranks import run_ranks  # noqa: E402, F401
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 
 
 def make_base(folder: Path, num_layers: int, hidden_size: int = 2048, vocab_size: int = 32000) -> Path:

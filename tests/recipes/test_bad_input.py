@@ -4,7 +4,7 @@ import shutil
 import time
 
 import pytest
-from ranks import ROOT, launch, start_rank
+from ranks import ROOT, fork_ranks, launch, start_rank
 
 from lora_dist.embedded import BASE_DIR, QUOTES_DIR
 
@@ -69,19 +69,60 @@ CASES = {
         ["--output_dir", "cannot be written"],
     ),
     "fp16 without a GPU": (lambda t: [], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision: fp16", "bf16"]),
+    "ZeRO stage 1": (
+        lambda t: ["--deepspeed", write(t / "d.json", '{"zero_optimization": {"stage": 1}}')],
+        {},
+        ["--deepspeed", "zero_optimization.stage 1", "give 2 or 3"],
+    ),
+    "another accumulation": (
+        lambda t: [
+            "--deepspeed",
+            write(t / "d.json", '{"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 8}'),
+        ],
+        {},
+        ["gradient_accumulation_steps 8", "--gradient_accumulation_steps make it 4"],
+    ),
+    "pipeline of another size": (
+        lambda t: [],
+        {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_PP_DEGREE": "4"},
+        ["megatron_lm_pp_degree: 4", "--megatron_lm_pp_degree 2"],
+    ),
+    "tensor parallel": (
+        lambda t: [],
+        {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"},
+        ["megatron_lm_tp_degree: 2", "docs/strategies.md"],
+    ),
+    "bias in a pipeline": (
+        lambda t: ["--lora_bias", "all"],
+        {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_PP_DEGREE": "2"},
+        ["--lora_bias all", "cannot be had under pipeline", "use fsdp"],
+    ),
+    "context parallel": (
+        lambda t: [],
+        {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+        ["parallelism_config", "docs/strategies.md"],
+    ),
     "fsdp version 1": (lambda t: [], FSDP | {"FSDP_VERSION": "1"}, ["fsdp_version: 1", "fsdp_version: 2"]),
 }
+
+
+PROCESSES = ("unknown flag", "empty model", "output_dir in a file")  # the other cases are forked
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
     flags, env, expected = CASES[case]
-    flags, before = flags(tmp_path), sorted(tmp_path.iterdir())
-    ranks = [start_rank(rank, "--output_dir", str(tmp_path / "run"), *flags, env=env) for rank in range(2)]
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], outputs
-    (out, err), other = outputs
-    assert (out, other) == ("", ("", ""))
+    flags = ("--output_dir", str(tmp_path / "run"), *flags(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    if case in PROCESSES:
+        ranks = [start_rank(rank, *flags, env=env) for rank in range(2)]
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+        ended = [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+    else:
+        ended = fork_ranks(*flags, env=env)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    (_, out, err), (_, *other) = ended
+    assert (out, other) == ("", ["", ""])
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for words in expected:
         assert words in err
