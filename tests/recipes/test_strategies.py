@@ -1,9 +1,10 @@
 """Every accelerate config, launched for real: the ranks, where the base lies, and one trajectory, byte for byte."""
 
 import json
+import subprocess
 
 import pytest
-from ranks import launch, launch_recipe, start_rank
+from ranks import BIN, ROOT, launch, launch_recipe, start_rank
 
 from lora_dist.config import TrainConfig
 from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
@@ -104,6 +105,40 @@ def test_other_launchers_train_the_same_adapter(launcher, single, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     adapter, trajectory, summary = trained(tmp_path / "run")
     assert summary["strategy"] == strategy and summary["world_size"] * accumulation == 4
+    assert trajectory == single[1] and adapter == single[0]
+
+
+# Of two machines, which are two launchers here: the launcher's further flags, and the ranks that share a copy.
+MACHINES = {
+    "hsdp": ((), 2),
+    "fsdp": ((), 4),
+    "zero3": (("--deepspeed_multinode_launcher", "standard"), 4),
+    "pipeline": (("--megatron_lm_pp_degree", "4"), None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", MACHINES)
+def test_two_machines_train_the_same_adapter(strategy, single, tmp_path):
+    launcher_flags, shard_ranks = MACHINES[strategy]
+    machines = [
+        subprocess.Popen(
+            [str(BIN / "accelerate"), "launch", "--config_file", f"accelerate_configs/{strategy}.yaml",
+             "--num_machines", "2", "--machine_rank", str(machine), "--main_process_ip", "127.0.0.1",
+             "--main_process_port", str(29700 + list(MACHINES).index(strategy)), "--num_processes", "4",
+             *launcher_flags, "recipes/opt_quotes.py", *FLAGS, "--gradient_accumulation_steps", "1",
+             "--output_dir", str(tmp_path / "run")],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for machine in range(2)
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
+    adapter, trajectory, summary = trained(tmp_path / "run")
+    assert (summary["strategy"], summary["world_size"]) == (strategy, 4)
+    if shard_ranks:
+        held = summary["base_bytes_per_rank"] / summary["base_bytes_total"]
+        assert 1 / shard_ranks <= held < 1 / shard_ranks + 0.05
     assert trajectory == single[1] and adapter == single[0]
 
 
