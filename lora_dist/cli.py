@@ -87,7 +87,7 @@ def _quantize(args) -> None:
         args.model_name_or_path, cache=args.output_dir, quantization=args.quantization, dtype=dtype,
         device=accelerator.device, placement=Placement(shard_ranks=world_size()),
     )  # fmt: skip
-    accelerator.print(f"{args.output_dir}: {args.model_name_or_path} in {args.quantization}")
+    accelerator.on_main_process(print)(f"{args.output_dir}: {args.model_name_or_path} in {args.quantization}")
 
 
 def _add_report(commands) -> None:

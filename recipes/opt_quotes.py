@@ -64,7 +64,8 @@ def main(config: TrainConfig) -> None:
     train_rows, eval_rows = (tokenize(texts, tokenizer, config.max_length) for texts in load_texts(config))
 
     with session.open_session(config, "opt_quotes", launch) as (accelerator, folder):
-        accelerator.print(decision)
+        say = accelerator.on_main_process(print)
+        say(decision)
 
         # Model: each rank reads and quantizes its own rows; the adapters come after, whole on every rank.
         placement, started = agree(placement), time.perf_counter()
@@ -83,7 +84,7 @@ def main(config: TrainConfig) -> None:
             sequences=config.per_device_train_batch_size, per_step=config.gradient_accumulation_steps * num_ranks,
         )  # fmt: skip
         run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, folder, base, placement)
-        accelerator.print(session.banner(run, launch.strategy))
+        say(session.banner(run, launch.strategy), flush=True)
         samples = {"before": complete(run, config.sample_prompt)}
         with MetricsLog(
             folder, accelerator, config, session.wandb_config(config, launch.strategy, accelerator)

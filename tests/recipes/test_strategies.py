@@ -134,6 +134,7 @@ def test_two_machines_train_the_same_adapter(strategy, single, tmp_path):
     ]  # fmt: skip
     outputs = [machine.communicate(timeout=240) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
+    assert f"strategy: {strategy} (" in outputs[0][0] and "strategy: " not in outputs[1][0]  # rank 0 speaks
     adapter, trajectory, summary = trained(tmp_path / "run")
     assert (summary["strategy"], summary["world_size"]) == (strategy, 4)
     if shard_ranks:
