@@ -74,6 +74,9 @@ class TrainConfig:
     deepspeed: str | None = setting(
         None, "DeepSpeed config (.json) for the deepspeed launcher; an accelerate config names its own."
     )
+    context_parallel_size: int = setting(
+        1, "Ranks that share each row, for rows too long for one GPU; each computes a piece of the positions."
+    )
     gradient_checkpointing: bool = setting(
         True, "Recompute each layer's activations in backward instead of keeping them."
     )
@@ -124,7 +127,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit",
-                     "shard_size"):  # fmt: skip
+                     "shard_size", "context_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):

@@ -1,5 +1,6 @@
 """Where the base lies: the strategy's row and the dials of the config, turned into a `Placement`."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lora_dist.base_model import base_bytes
 from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.context_parallel import check_context_parallel
 from lora_dist.deepspeed_config import idle_keys
 from lora_dist.pipeline import stage_layers
 from lora_dist.quantization import packed_weights
@@ -20,6 +22,19 @@ def choose_placement(
     launch: Launch, config: TrainConfig, skeleton: nn.Module, *, num_ranks: int, dtype: torch.dtype
 ) -> Placement:
     """Raises UserError where a dial cannot be had, or has no effect. `skeleton`: the packed model on meta."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for name in launch.strategy.refuses:
+        value, why = getattr(config, name), f"cannot be had under {launch.strategy.name}; use fsdp"
+        require(value == defaults[name], name, value, why)
+    if config.context_parallel_size > 1:
+        check_context_parallel(skeleton, config, num_ranks)
+    placement = _choose_engine(launch, config, skeleton, num_ranks, dtype)
+    return dataclasses.replace(placement, context_ranks=config.context_parallel_size)
+
+
+def _choose_engine(
+    launch: Launch, config: TrainConfig, skeleton: nn.Module, num_ranks: int, dtype: torch.dtype
+) -> Placement:
     strategy = launch.strategy
     if strategy.engine == "FSDP2":
         return _choose_fsdp(launch, config, skeleton, num_ranks, dtype)
@@ -27,9 +42,6 @@ def choose_placement(
     require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)
     require(config.shard_size is None, "shard_size", config.shard_size, why)
     require(not config.gather_once, "gather_once", config.gather_once, why)
-    for name in strategy.refuses:
-        value = getattr(config, name)
-        require(value in ("none", None, False), name, value, f"cannot be had under {strategy.name}; use fsdp")
     if strategy.engine == "pipeline":
         num_layers = len(decoder_layers(skeleton))
         if num_layers < num_ranks:
@@ -154,6 +166,11 @@ def agree(placement: Placement) -> Placement:
 
 
 def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:
+    where = _describe_base(placement, num_layers, num_ranks)
+    return where + (f"; {placement.context_ranks} ranks share each row" if placement.context_ranks > 1 else "")
+
+
+def _describe_base(placement: Placement, num_layers: int, num_ranks: int) -> str:
     if placement.stages > 1:
         sizes = [len(stage_layers(num_layers, placement.stages, stage)) for stage in range(placement.stages)]
         return f"{' + '.join(map(str, sizes))} layers on {placement.stages} ranks, one after the other"

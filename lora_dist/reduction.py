@@ -48,16 +48,17 @@ def _held_nodes(total: int, leaves: range) -> list[tuple[int, int]]:
     return sorted(tree.nodes)
 
 
-def tree_reduce(tree: TreeSum, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def tree_reduce(tree: TreeSum, positions: Sequence[int] | None = None) -> torch.Tensor:
     """The sum of all ranks' nodes, the same bytes on every rank.
 
-    Each rank holds the leaves `block(tree.total, num_ranks, rank)`, at least one, each a 1-D tensor whose length is a
-    multiple of the world size. Slices go all-to-all, are added along the tree, and are gathered.
+    Rank r holds the leaves `block(tree.total, num_ranks, positions[r])` (r itself where `positions` is None), at least
+    one, each a 1-D tensor whose length is a multiple of the world size. Slices go all-to-all, are added along the tree,
+    and are gathered.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return tree.nodes.popitem()[1]
-    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    keys = [_held_nodes(tree.total, block(tree.total, num_ranks, r)) for r in range(num_ranks)]
+    num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    keys = [_held_nodes(tree.total, block(tree.total, num_ranks, p)) for p in positions or range(num_ranks)]
     out, slices = tree.nodes[keys[rank][0]], TreeSum(tree.total)
     for turn in range(max(map(len, keys))):  # one turn where each rank holds one node: G / N is a power of two
         have = [int(len(nodes) > turn) for nodes in keys]
@@ -67,10 +68,10 @@ def tree_reduce(tree: TreeSum, group: dist.ProcessGroup | None = None) -> torch.
             else out.new_empty(0, out.numel() // num_ranks)
         )
         received = out.new_empty(sum(have), out.numel() // num_ranks)
-        dist.all_to_all_single(received, mine, have, [have[rank]] * num_ranks, group=group)
+        dist.all_to_all_single(received, mine, have, [have[rank]] * num_ranks)
         for row, key in zip(received, (nodes[turn] for nodes in keys if len(nodes) > turn), strict=True):
             slices.add(*key, row)
-    dist.all_gather_single(out, slices.nodes.popitem()[1], group=group)
+    dist.all_gather_single(out, slices.nodes.popitem()[1])
     return out
 
 

@@ -46,7 +46,7 @@ STRATEGIES = {
                  offloads="the base to host memory", refuses=ON_WHOLE_LAYERS),
         Strategy("pipeline", "each rank holds some layers, activations go from rank to rank", "pipeline",
                  "1/N of the layers", f"{GRADIENTS}, one layer's output forth and back per micro-batch",
-                 refuses=ON_WHOLE_LAYERS),
+                 refuses=(*ON_WHOLE_LAYERS, "context_parallel_size")),
     )
 }  # fmt: skip
 
@@ -61,6 +61,7 @@ class Placement:
     gather_once: bool = False  # what is gathered stays until the optimizer step
     deepspeed: dict | None = None  # DeepSpeed's config: stage 3 shards the base, stage 2 the adapters' optimizer
     stages: int = 1  # ranks that hold different layers, one after the other
+    context_ranks: int = 1  # ranks that share each row
 
     @property
     def zero_stage(self) -> int:
@@ -107,7 +108,8 @@ def read_launch(config: TrainConfig) -> Launch:
         return Launch(_fsdp(num_ranks, offload), precision, offload)
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(
-            "accelerate config parallelism_config: has no effect here; see docs/strategies.md for each size"
+            "accelerate config parallelism_config: has no effect here; give --context_parallel_size N, "
+            "take accelerate_configs/hsdp.yaml to shard inside nodes, or see docs/strategies.md"
         )
     return Launch(STRATEGIES["ddp" if num_ranks > 1 else "single"], precision)
 

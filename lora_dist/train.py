@@ -23,6 +23,7 @@ from lora_dist import preemption
 from lora_dist.adapters import check_identical, save_adapter, trainable_parameters, verify_adapter
 from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig
+from lora_dist.context_parallel import ContextParallel
 from lora_dist.data import IGNORE_INDEX, MicroBatch, MicroBatches, collate, random_key
 from lora_dist.manifest import write_manifest
 from lora_dist.metrics import MetricsLog
@@ -65,6 +66,8 @@ class Training:
             self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps
         )
         self.pipeline = pipeline_of(self.model)
+        context_ranks = self.placement.context_ranks
+        self.context = ContextParallel(self.model, context_ranks) if context_ranks > 1 else None
         self.zero2 = None
         if self.placement.zero_stage == 2:
             self.zero2 = shard_optimizer(self.params, self.optimizer, self.placement.deepspeed)
@@ -92,7 +95,10 @@ def summed_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
 
 
 def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
+    """The summed loss of a micro-batch, or of this rank's piece of its rows."""
     with run.accelerator.autocast():
+        if run.context:
+            return run.context.summed_loss(run.model, batch)
         logits = run.model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
     return summed_loss(logits, batch.labels_BT)
 
@@ -125,7 +131,8 @@ def read_micro_batch(run: Training, step: int, index: int) -> tuple[MicroBatch, 
     batch = run.micro_batches(step, index)
     run.data_time_s += time.perf_counter() - started
     counts = [batch.num_trained_tokens, batch.num_tokens, batch.input_ids_BT.numel()]
-    torch.manual_seed(random_key(run.config.seed, step, index) % 2**32)  # dropout: of the micro-batch alone
+    piece = (run.context.piece,) if run.context else ()
+    torch.manual_seed(random_key(run.config.seed, step, index, *piece) % 2**32)  # dropout: of the micro-batch alone
     return batch.to(run.accelerator.device), counts
 
 
@@ -133,20 +140,44 @@ def scaled(run: Training, loss: torch.Tensor) -> torch.Tensor:
     return run.accelerator.scaler.scale(loss) if run.accelerator.scaler else loss
 
 
+@dataclass(frozen=True)
+class DataShare:
+    """Which block of the micro-batches a rank computes, and which piece of their rows."""
+
+    num_groups: int
+    group: int
+    num_pieces: int = 1
+    piece: int = 0
+
+
+def data_share(run: Training) -> DataShare:
+    if run.context:
+        return DataShare(run.context.num_groups, run.context.group_index, run.context.size, run.context.piece)
+    if run.pipeline:  # every rank takes part in every micro-batch
+        return DataShare(1, 0)
+    return DataShare(run.accelerator.num_processes, run.accelerator.process_index)
+
+
 def sum_over_ranks(run: Training, step: int, stop: bool) -> torch.Tensor:
-    """Data parallel: each rank takes a block of the micro-batches. The sum, flat, of gradients, loss and counts."""
-    num_ranks, total = run.accelerator.num_processes, run.micro_batches.per_step
-    mine, tree = block(total, num_ranks, run.accelerator.process_index), TreeSum(total)
-    for turn in range(-(-total // num_ranks)):  # equally many on all ranks: a sharded base's gathers must match
+    """Data parallel: each rank, or group that shares rows, takes a block of the micro-batches.
+
+    The sum, flat, of gradients, loss and counts. Its leaves: all micro-batches' first pieces, then all second ones...
+    """
+    num_ranks, total, share = run.accelerator.num_processes, run.micro_batches.per_step, data_share(run)
+    mine, tree = block(total, share.num_groups, share.group), TreeSum(total * share.num_pieces)
+    for turn in range(-(-total // share.num_groups)):  # equally many on all ranks: a sharded base's gathers must match
         index = mine[min(turn, len(mine) - 1)]
         batch, counts = read_micro_batch(run, step, index)
         loss = forward_loss(run, batch)
         grads = torch.autograd.grad(scaled(run, loss), run.params, allow_unused=True)
+        if share.piece:  # the first piece counts the whole rows
+            counts = [0] * len(counts)
         leaf = flatten_gradients(run.params, grads, [loss.item(), *counts, stop], num_ranks)
         if turn < len(mine):  # else a spare turn: thrown away
-            tree.add(0, index, leaf)
+            tree.add(0, share.piece * total + index, leaf)
     release(run.model)  # under --gather_once all of it is whole until here
-    return tree_reduce(tree)
+    pieces = share.num_pieces
+    return tree_reduce(tree, [rank % pieces * share.num_groups + rank // pieces for rank in range(num_ranks)])
 
 
 def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
@@ -209,26 +240,24 @@ def apply_gradient(run: Training, grad: torch.Tensor) -> float:
 @torch.no_grad()
 def evaluate(run: Training) -> float:
     """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
-    size, device = run.config.per_device_eval_batch_size, run.accelerator.device
-    num_ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
-    if run.pipeline:  # every rank takes part in every batch
-        num_ranks, rank = 1, 0
+    size, device, share = run.config.per_device_eval_batch_size, run.accelerator.device, data_share(run)
     rows = sorted(run.eval_rows, key=len)  # rows of a length together: little padding
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    mine = block(len(batches), num_ranks, rank)
-    sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)
+    mine = block(len(batches), share.num_groups, share.group)
+    sums = torch.zeros(len(batches), share.num_pieces, 2, dtype=torch.float64, device=device)
     run.model.eval()
-    for turn in range(-(-len(batches) // num_ranks)):
+    for turn in range(-(-len(batches) // share.num_groups)):
         index = mine[turn] if turn < len(mine) else 0  # a spare forward, thrown away, keeps the gathers matched
         batch = collate(batches[index], run.micro_batches.pad_token_id)
         loss, num_trained = forward_loss(run, batch.to(device)).item(), batch.num_trained_tokens
         if turn < len(mine):
-            sums[index] = torch.tensor([loss, num_trained], dtype=torch.float64)
+            counted = 0 if share.piece else num_trained
+            sums[index, share.piece] = torch.tensor([loss, counted], dtype=torch.float64)
     run.model.train()
     release(run.model)
-    if num_ranks > 1:
-        dist.all_reduce(sums)  # each row is zero on all ranks but one: exact in any order
-    loss, num_trained = sums.cpu().sum(0).tolist()
+    if share.num_groups * share.num_pieces > 1:
+        dist.all_reduce(sums)  # each entry is zero on all ranks but one: exact in any order
+    loss, num_trained = sums.cpu().sum((0, 1)).tolist()
     return loss / num_trained
 
 

@@ -8,8 +8,8 @@ import yaml
 from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-ORDER = """__init__ embedded preemption config deepspeed_config strategies data manifest weights quantization
-    serialization sharding zero packing reduction pipeline base_model quantized_cache placement adapters
+ORDER = """__init__ embedded preemption config deepspeed_config strategies data context_parallel manifest weights
+    quantization serialization sharding zero packing reduction pipeline base_model quantized_cache placement adapters
     run_folder metrics report train session cli""".split()
 
 

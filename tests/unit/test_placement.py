@@ -37,6 +37,7 @@ def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkey
         ("fsdp", {"gather_once": True}, Placement(shard_ranks=8, gather_once=True)),
         ("fsdp", {"resident_layers": "all"}, Placement()),
         ("ddp", {}, Placement()),
+        ("fsdp", {"context_parallel_size": 2}, Placement(shard_ranks=8, context_ranks=2)),
     ],
 )
 def test_placements(skeleton, config, monkeypatch, strategy, settings, expected):
@@ -68,6 +69,8 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
         ("zero3", {"use_dora": True}, "--use_dora True: cannot be had under zero3; use fsdp"),
         ("zero3_offload", {"modules_to_save": ["lm_head"]}, "--modules_to_save .* cannot be had under zero3_offload"),
         ("pipeline", {"lora_bias": "all"}, "--lora_bias all: cannot be had under pipeline; use fsdp"),
+        ("pipeline", {"context_parallel_size": 2}, "--context_parallel_size 2: cannot be had under pipeline"),
+        ("ddp", {"context_parallel_size": 3}, "--context_parallel_size 3: must divide the 8 ranks"),
         ("pipeline", {}, "num_processes: 8: the model has 4 layers"),
         ("fsdp", {"resident_layers": "4"}, "--resident_layers 4: the model has 4 layers"),
         ("fsdp", {"resident_layers": "all", "gather_once": True}, "--gather_once True: has no effect"),
