@@ -1,9 +1,8 @@
 """Rows too long for one GPU: a group of ranks shares each row, and each rank computes a piece of its positions.
 
 All of a decoder but attention works on each position alone. In attention, each rank has the queries of its piece and
-gathers keys and values from the group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2), so padding, and any
-other mask, is a matter of the mask's rows. Sums over positions are added in another order than on one rank: the bits
-depend on the size of the group, but not on the number of groups.
+gathers keys and values from the group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2). Sums over positions
+are added in another order than on one rank: the bits depend on the size of the group, but not on the number of groups.
 
 B, H, T, D: sequences, heads, tokens, head size; P: positions of this rank's piece, T / size.
 """
@@ -66,9 +65,9 @@ class ContextParallel:
 
     def summed_loss(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Cross entropy in fp32, summed over the trained tokens of this rank's piece of the rows."""
-        input_ids_BP, mask_B1PT, positions_BP, targets_BP = self.split(batch)
+        input_ids_BP, mask_11PT, positions_BP, targets_BP = self.split(batch)
         logits_BPV = model(
-            input_ids=input_ids_BP, attention_mask=mask_B1PT, position_ids=positions_BP, use_cache=False
+            input_ids=input_ids_BP, attention_mask=mask_11PT, position_ids=positions_BP, use_cache=False
         ).logits
         return F.cross_entropy(
             logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -77,14 +76,13 @@ class ContextParallel:
     def split(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, mask (True: attend), positions and next tokens of this rank's piece of the padded rows."""
         pad = -batch.input_ids_BT.shape[1] % self.size
-        ids_BT, present_BT = F.pad(batch.input_ids_BT, (0, pad)), F.pad(batch.attention_mask_BT, (0, pad)).bool()
+        ids_BT = F.pad(batch.input_ids_BT, (0, pad))
         targets_BT = F.pad(batch.labels_BT[:, 1:], (0, pad + 1), value=IGNORE_INDEX)
         length = ids_BT.shape[1] // self.size
         piece = slice(self.piece * length, (self.piece + 1) * length)
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        causal_PT = positions_T[piece, None] >= positions_T[None]
-        mask_B1PT = causal_PT & present_BT[:, None, None]
-        return ids_BT[:, piece], mask_B1PT, positions_T[piece].expand(len(ids_BT), -1), targets_BT[:, piece]
+        causal_PT = positions_T[piece, None] >= positions_T[None]  # hides the padding too, which is on the right
+        return ids_BT[:, piece], causal_PT[None, None], positions_T[piece].expand(len(ids_BT), -1), targets_BT[:, piece]
 
 
 def check_context_parallel(model: nn.Module, config: TrainConfig, num_ranks: int) -> None:
