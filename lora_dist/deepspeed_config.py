@@ -47,13 +47,13 @@ def read_deepspeed_config(config: TrainConfig, num_ranks: int) -> dict | None:
 
 
 def mixed_precision(settings: dict) -> str:
-    """ "no", "bf16" or "fp16", as the JSON asks; accelerate's where it says auto, or nothing."""
-    for name in ("bf16", "fp16"):
-        enabled = settings.get(name, {}).get("enabled", False)
+    """One of no, bf16 and fp16, as the JSON asks; accelerate's where it says auto, or nothing."""
+    asked = {name: settings[name].get("enabled") for name in ("bf16", "fp16") if name in settings}
+    for name, enabled in asked.items():
         if enabled is True:
             return name
-        if enabled == "auto" or (name not in settings and not {"bf16", "fp16"} & settings.keys()):
-            return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not asked or "auto" in asked.values():
+        return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return "no"
 
 

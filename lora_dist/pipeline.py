@@ -50,6 +50,7 @@ class Pipeline:
         return self.stage == self.num_stages - 1
 
     def send(self, tensor: torch.Tensor, stage: int) -> None:
+        self.pending = [(work, sent) for work, sent in self.pending if not work.is_completed()]  # frees their memory
         tensor = tensor.contiguous()
         group = self.onward if stage > self.stage else self.back
         self.pending.append((dist.isend(tensor, stage, group=group), tensor))
@@ -75,14 +76,10 @@ def pass_on(pipeline: Pipeline, comes_after: bool, hidden_states_BTH: torch.Tens
     return (hidden_states_BTH,) if pipeline.returns_tuple else hidden_states_BTH
 
 
-def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
-    return block(num_layers, num_stages, stage)
-
-
 def set_aside(model: PreTrainedModel, num_stages: int) -> dict[str, nn.Module]:
     """Take the layers of other ranks out of a model on meta, so that the loader reads none of their weights."""
-    aside, own = {}, stage_layers(len(decoder_layers(model)), num_stages, dist.get_rank())
-    layers = decoder_layers(model)
+    aside, layers = {}, decoder_layers(model)
+    own = block(len(layers), num_stages, dist.get_rank())
     for name, module in list(model.named_modules()):
         if module in layers and layers.index(module) not in own:
             aside[name] = module
@@ -99,14 +96,14 @@ def put_back(model: PreTrainedModel, aside: dict[str, nn.Module], num_stages: in
                 setattr(module, param_name, nn.Parameter(empty, requires_grad=False))
         model.set_submodule(name, layer)
     layers, rank = decoder_layers(model), dist.get_rank()
-    own = stage_layers(len(layers), num_stages, rank)
+    own = block(len(layers), num_stages, rank)
     pipeline = Pipeline(rank, num_stages, own, model.config.model_type in RETURN_TUPLES)
     vars(model)["pipeline"] = pipeline
     for index, layer in enumerate(layers):
         if index not in own:
             layer.forward = partial(pass_on, pipeline, index >= own.stop)  # on the object: never checkpointed
     for stage in range(num_stages):
-        end = stage_layers(len(layers), num_stages, stage).stop - 1
+        end = block(len(layers), num_stages, stage).stop - 1
         layers[end].register_forward_hook(lambda layer, args, output, stage=stage: share(pipeline, output, stage))
 
 
@@ -138,10 +135,6 @@ def schedule(num_micro_batches: int, stage: int, num_stages: int) -> Iterator[tu
         yield "backward", index
 
 
-def message_bytes(shape_BTH: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
-    return shape_BTH.numel() * dtype.itemsize + random_state(device).numel()
-
-
 def random_state(device: torch.device) -> torch.Tensor:
     """uint8, on the CPU: the state that dropout on the device draws from."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -164,8 +157,8 @@ def receive_from_before(pipeline: Pipeline, shape_BTH: torch.Size, dtype: torch.
     """Fill the inbox, a leaf of autograd; nothing on the first stage."""
     if pipeline.stage == 0:
         return
-    size = message_bytes(shape_BTH, dtype, device)
-    message = pipeline.receive(torch.empty(size, dtype=torch.uint8, device=device), pipeline.stage - 1)
     num_bytes = shape_BTH.numel() * dtype.itemsize
+    message = torch.empty(num_bytes + random_state(device).numel(), dtype=torch.uint8, device=device)
+    pipeline.receive(message, pipeline.stage - 1)
     pipeline.inbox_BTH = message[:num_bytes].view(dtype).view(shape_BTH).requires_grad_()
     pipeline.random_state = message[num_bytes:].clone()  # a view may lie at an odd address, which torch does not take

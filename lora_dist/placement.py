@@ -12,10 +12,11 @@ from lora_dist.base_model import base_bytes
 from lora_dist.config import TrainConfig, UserError, require
 from lora_dist.context_parallel import check_context_parallel
 from lora_dist.deepspeed_config import idle_keys
-from lora_dist.pipeline import stage_layers
 from lora_dist.quantization import packed_weights
+from lora_dist.reduction import block
 from lora_dist.sharding import decoder_layers
 from lora_dist.strategies import Launch, Placement
+from lora_dist.zero import check_zero
 
 
 def choose_placement(
@@ -42,6 +43,8 @@ def _choose_engine(
     require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)
     require(config.shard_size is None, "shard_size", config.shard_size, why)
     require(not config.gather_once, "gather_once", config.gather_once, why)
+    if launch.deepspeed:
+        check_zero(launch.deepspeed, skeleton)
     if strategy.engine == "pipeline":
         num_layers = len(decoder_layers(skeleton))
         if num_layers < num_ranks:
@@ -172,7 +175,7 @@ def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:
 
 def _describe_base(placement: Placement, num_layers: int, num_ranks: int) -> str:
     if placement.stages > 1:
-        sizes = [len(stage_layers(num_layers, placement.stages, stage)) for stage in range(placement.stages)]
+        sizes = [len(block(num_layers, placement.stages, stage)) for stage in range(placement.stages)]
         return f"{' + '.join(map(str, sizes))} layers on {placement.stages} ranks, one after the other"
     if placement.shard_ranks == 1:
         return "whole on each rank"

@@ -83,9 +83,10 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
     return accelerator
 
 
-def check_same_on_all_ranks(config: TrainConfig, launch: Launch, accelerator: Accelerator) -> None:
+def check_same_on_all_ranks(config: TrainConfig, launch: Launch) -> None:
     """Raises UserError where a rank has other packages, another device, launcher config or settings. Collective."""
-    mine = {f"the package {name}": version(name) for name in PACKAGES}
+    packages = PACKAGES + (("deepspeed",) if launch.deepspeed else ())
+    mine = {f"the package {name}": version(name) for name in packages}
     mine |= {f"--{name}": value for name, value in dataclasses.asdict(config).items()}
     mine |= {"strategy": launch.strategy.name, "mixed precision": launch.mixed_precision, "device": device_name()}
     mine["DeepSpeed config"] = launch.deepspeed
@@ -94,9 +95,8 @@ def check_same_on_all_ranks(config: TrainConfig, launch: Launch, accelerator: Ac
     for rank, (other_host, other) in enumerate(ranks):
         differing = [name for name in first if other[name] != first[name]]
         if differing:
-            (name, *more), also = differing, ""
-            if more:
-                also = f" (also {', '.join(more)})"
+            name, *more = differing
+            also = f" (also {', '.join(more)})" if more else ""
             raise UserError(
                 f"{name}: {first[name]} on rank 0 ({host}), {other[name]} on rank {rank} ({other_host}){also}; "
                 "all ranks need the same"
@@ -112,7 +112,7 @@ def open_session(config: TrainConfig, recipe: str, launch: Launch) -> Iterator[t
     """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
     accelerator, folder = start_ranks(launch.mixed_precision), None
     try:
-        check_same_on_all_ranks(config, launch, accelerator)
+        check_same_on_all_ranks(config, launch)
         folder = _open_run_folder(config, recipe, accelerator)
         yield accelerator, folder
     except BaseException as error:

@@ -185,6 +185,7 @@ def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
     pipeline, total = run.pipeline, run.micro_batches.per_step
     device, dtype = run.accelerator.device, run.model.get_input_embeddings().weight.dtype
     tree, under_way = TreeSum(total), {}
+    scaled(run, torch.zeros((), device=device))  # a loss scaler begins at its first use: else on the last stage alone
     for action, index in schedule(total, pipeline.stage, pipeline.num_stages):
         if action == "forward":
             batch, counts = read_micro_batch(run, step, index)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from lora_dist.config import UserError
 from lora_dist.sharding import decoder_layers
 
 
@@ -91,6 +92,23 @@ def engine_config(settings: dict, base: nn.Module | None = None) -> dict:
     }  # fmt: skip
 
 
+def check_zero(settings: dict, skeleton: nn.Module) -> None:
+    """Raises UserError where DeepSpeed itself would not take its part of the config. `skeleton`: the model on meta."""
+    _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**engine_config(settings, skeleton)["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"DeepSpeed config zero_optimization.{key} {first['input']}: {first['msg'].lower()}; DeepSpeed's "
+            "documentation of ZeRO lists the keys"
+        ) from None
+
+
 def shard_optimizer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict):
     """A ZeRO-2 engine whose `step` updates `params`; each rank keeps 1/N of the optimizer's state."""
     deepspeed = _import_deepspeed(params[0].device)
@@ -128,8 +146,7 @@ def _import_deepspeed(device: torch.device):
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # seconds, and only where it is used
 
-    if (
-        device.type == "cpu"
-    ):  # its own all-reduce is compiled at the first start, needs a compiler, and is not used here
+    if device.type == "cpu":
+        # Its own all-reduce is compiled at the first start, needs a compiler, and is not used here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

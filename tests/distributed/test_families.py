@@ -49,7 +49,15 @@ def _assert_equal_to_one_process(config, quantization, num_ranks, path, dtype=to
 
 
 @pytest.mark.parametrize(
-    "quantization, num_ranks", [("int8", 2), ("int8", 3), ("nf4", 2), ("nf4", 3), ("nf4_plain", 3), ("none", 3)]
+    "quantization, num_ranks",
+    [
+        ("int8", 3),
+        ("nf4", 3),
+        ("nf4_plain", 3),
+        ("none", 3),
+        pytest.param("int8", 2, marks=pytest.mark.slow),
+        pytest.param("nf4", 2, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_one_process(config, tmp_path, family, quantization, num_ranks):

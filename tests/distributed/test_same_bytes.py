@@ -88,14 +88,26 @@ PLACEMENTS = {
 FEW = ("1 rank", "2 ranks, zero3", "2 ranks, pipeline", "3 ranks, fsdp")
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+@pytest.mark.parametrize(
+    "quantization, mixed_precision", [("int8", "bf16"), ("int8", "no"), ("nf4", "bf16"), ("none", "bf16")]
+)
 def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantization, mixed_precision):
+    names = PLACEMENTS if (quantization, mixed_precision) == ("int8", "bf16") else FEW
+    assert_one_adapter(config, tmp_path, quantization, mixed_precision, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "nf4_plain", "none"])
+def test_every_format_under_every_placement(config, tmp_path, quantization, mixed_precision):
+    assert_one_adapter(config, tmp_path, quantization, mixed_precision, PLACEMENTS)
+
+
+def assert_one_adapter(config, tmp_path, quantization, mixed_precision, names):
     # A high learning rate from the first step on, and a low clipping threshold: everything has to act.
     config = dataclasses.replace(
         config, quantization=quantization, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05, max_steps=3
     )
-    names = PLACEMENTS if (quantization, mixed_precision) == ("int8", "bf16") else FEW
     outcomes = {
         (name, rank): result
         for name in names
@@ -133,11 +145,12 @@ def test_one_adapter_with_loras_options(config, tmp_path, settings):
     assert len({result for ranks in outcomes for result in map(str, ranks)}) == 1
 
 
-def test_loss_scaling_as_for_fp16_changes_no_bit(config, tmp_path):
+@pytest.mark.parametrize("placement", [Placement(2), Placement(stages=2)], ids=["fsdp", "pipeline"])
+def test_loss_scaling_as_for_fp16_changes_no_bit(config, tmp_path, placement):
     """accelerate makes a scaler only on a GPU; the loop's use of it is the same here. 2**10 scales without rounding."""
     config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05)
-    plain = run_ranks(_train_on_rank, 2, config, "no", Placement(2), tmp_path)
-    assert run_ranks(_train_on_rank, 2, config, "no", Placement(2), tmp_path, 2.0**10) == plain
+    plain = run_ranks(_train_on_rank, 2, config, "no", placement, tmp_path)
+    assert run_ranks(_train_on_rank, 2, config, "no", placement, tmp_path, 2.0**10) == plain
 
 
 def test_a_scaled_gradient_that_overflows_skips_the_step_on_all_ranks(config, tmp_path):

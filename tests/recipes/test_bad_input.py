@@ -74,6 +74,11 @@ CASES = {
         {},
         ["--deepspeed", "zero_optimization.stage 1", "give 2 or 3"],
     ),
+    "ZeRO key": (
+        lambda t: ["--deepspeed", write(t / "d.json", '{"zero_optimization": {"stage": 3, "stage3_live": 1}}')],
+        {},
+        ["zero_optimization.stage3_live 1", "extra inputs are not permitted"],
+    ),
     "another accumulation": (
         lambda t: [
             "--deepspeed",
