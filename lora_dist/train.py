@@ -62,6 +62,8 @@ class Training:
                 self.model, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio,
                 loraplus_weight_decay=config.weight_decay,
             )  # fmt: skip
+            # PEFT makes groups that may be empty, which DeepSpeed drops and the scheduler would then miss.
+            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
         self.scheduler = get_scheduler(
             self.config.lr_scheduler_type, self.optimizer, self.config.warmup_steps, self.num_steps
         )

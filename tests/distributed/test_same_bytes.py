@@ -140,7 +140,7 @@ def test_one_adapter_with_loras_options(config, tmp_path, settings):
     config = dataclasses.replace(config, learning_rate=5e-3, warmup_steps=0, max_grad_norm=0.05, **settings)
     outcomes = [
         run_ranks(_train_on_rank, num_ranks, config, "bf16", placement, tmp_path)
-        for num_ranks, placement in ((1, Placement()), (2, Placement(2)), (3, Placement(3, 2)))
+        for num_ranks, placement in ((1, Placement()), (2, Placement(deepspeed=zero(2))), (3, Placement(3, 2)))
     ]
     assert len({result for ranks in outcomes for result in map(str, ranks)}) == 1
 
