@@ -153,6 +153,7 @@ def test_world_size_without_its_ranks_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # torchrun waits half a minute before it kills
 def test_a_rank_that_dies_takes_the_others_along(tmp_path):
     """Rank 1 finds other data than rank 0: it leaves, and the launcher ends rank 0 within seconds."""
     data = tmp_path / "data.jsonl"

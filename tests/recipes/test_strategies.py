@@ -13,6 +13,7 @@ from lora_dist.strategies import STRATEGIES
 STEPS = 4
 FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "1", "--max_length", "64", "--report_to", "none")
 FLAGS += ("--learning_rate", "3e-3", "--per_device_train_batch_size", "2", "--sample_prompt", "")
+FLAGS += ("--model_name_or_path", "embedded", "--dataset_name", "embedded")  # on a machine with GPUs too
 # Of the base's bytes, what a rank holds on 2 ranks; None: the stated bound below.
 HELD = {
     "single": 1, "ddp": 1, "zero2": 1, "fsdp": 1 / 2, "hsdp": 1 / 2, "fsdp_offload": 1 / 2, "zero3": None,
