@@ -24,13 +24,18 @@ OF_GRADIENTS = {
 }  # fmt: skip
 
 
+def is_set(name: str) -> bool:
+    """Whether the launcher said true in the environment."""
+    return os.environ.get(name, "false").lower() == "true"
+
+
 def read_deepspeed_config(config: TrainConfig, num_ranks: int) -> dict | None:
     """The DeepSpeed config of this run, None where it is not started with one. Raises UserError where it cannot be had.
 
     It comes from `--deepspeed FILE.json` (the `deepspeed` launcher), or from the accelerate config: the file that it
     names, or its own fields.
     """
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    by_accelerate = is_set("ACCELERATE_USE_DEEPSPEED")
     if not by_accelerate and config.deepspeed is None:
         return None
     where = "accelerate config deepspeed_config" if by_accelerate else f"--deepspeed {config.deepspeed}"

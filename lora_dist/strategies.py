@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.deepspeed_config import mixed_precision, read_deepspeed_config
+from lora_dist.deepspeed_config import is_set, mixed_precision, read_deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,23 @@ def read_launch(config: TrainConfig) -> Launch:
             f"WORLD_SIZE {num_ranks}: set without RANK, so only this process was started; "
             "launch with accelerate launch or torchrun, or unset it"
         )
+    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):  # which accelerate takes on GPUs alone
+        raise UserError(
+            "accelerate config parallelism_config: has no effect here; give --context_parallel_size N, "
+            "take accelerate_configs/hsdp.yaml to shard inside nodes, or see docs/strategies.md"
+        )
     deepspeed = read_deepspeed_config(config, num_ranks)
     if deepspeed:
         zero = deepspeed["zero_optimization"]
         offload = zero.get("offload_param", {}).get("device", "none") != "none"
         name = "zero2" if zero["stage"] == 2 else "zero3_offload" if offload else "zero3"
         return Launch(STRATEGIES[name], mixed_precision(deepspeed), offload, deepspeed)
-    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+    if is_set("ACCELERATE_USE_MEGATRON_LM"):
         return Launch(_pipeline(num_ranks), precision)
-    if _is_set("ACCELERATE_USE_FSDP"):
-        offload = _is_set("FSDP_OFFLOAD_PARAMS")
+    if is_set("ACCELERATE_USE_FSDP"):
+        offload = is_set("FSDP_OFFLOAD_PARAMS")
         return Launch(_fsdp(num_ranks, offload), precision, offload)
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise UserError(
-            "accelerate config parallelism_config: has no effect here; give --context_parallel_size N, "
-            "take accelerate_configs/hsdp.yaml to shard inside nodes, or see docs/strategies.md"
-        )
     return Launch(STRATEGIES["ddp" if num_ranks > 1 else "single"], precision)
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
 
 
 def _fsdp(num_ranks: int, offload: bool) -> Strategy:
@@ -123,11 +119,6 @@ def _fsdp(num_ranks: int, offload: bool) -> Strategy:
         raise UserError(
             "accelerate config fsdp_version: 1: cannot shard int8 weights; "
             "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
-        )
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise UserError(
-            "accelerate config parallelism_config: accelerate takes it on GPUs alone; "
-            "leave it out, and take accelerate_configs/hsdp.yaml to shard inside nodes"
         )
     if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
         raise UserError(

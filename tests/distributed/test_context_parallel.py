@@ -43,7 +43,7 @@ def assert_close(ranks, whole, learning_rate, num_pieces):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_two_ranks_on_each_row_train_as_one(config, tmp_path, family):
+def test_two_ranks_on_each_row_train_as_one(config, tmp_path, monkeypatch, family):
     quantization = "nf4" if family in ("llama", "qwen3") else "int8"
     config = dataclasses.replace(
         config, quantization=quantization, lora_target_modules=["all-linear"], learning_rate=1e-4, warmup_steps=0,
@@ -51,7 +51,7 @@ def test_two_ranks_on_each_row_train_as_one(config, tmp_path, family):
     )  # fmt: skip
     for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):  # drawn for each piece
         if hasattr(CONFIGS[family], name):
-            setattr(CONFIGS[family], name, 0.0)
+            monkeypatch.setattr(CONFIGS[family], name, 0.0)  # the other tests' families keep theirs
     path = make_checkpoint(family, tmp_path)
     (whole,) = run_ranks(_train_on_rank, 1, config, path, Placement())
     assert all(p.any() for p in whole[2].values())
