@@ -18,11 +18,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig
 from lora_dist.adapters import add_adapters, trainable_parameters
 from lora_dist.base_model import load_base
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches, load_texts, load_tokenizer, random_key, tokenize
+from lora_dist.data import MicroBatches
 from lora_dist.embedded import BASE_DIR
-from lora_dist.packing import keep_norms_in_fp32
+from lora_dist.formats import load_tokenizer
+from lora_dist.freezing import keep_norms_in_fp32
+from lora_dist.rows import prepare_rows
+from lora_dist.sources import random_key
 from lora_dist.strategies import Placement
-from lora_dist.train import summed_loss
+from lora_dist.tasks import CAUSAL_LM
 
 CPU, BF16, STEPS, PER_STEP = torch.device("cpu"), torch.bfloat16, 60, 4
 CONFIG = TrainConfig(
@@ -54,7 +57,7 @@ def train(base):
         if index % 2 == 0:
             param.data.normal_(std=0.05, generator=torch.Generator().manual_seed(index))
     tokenizer = load_tokenizer("embedded")
-    rows = tokenize(load_texts(config)[0], tokenizer, 96)
+    rows = prepare_rows(dataclasses.replace(config, max_length=96), tokenizer).train
     batches = MicroBatches(rows, pad_token_id=tokenizer.pad_token_id, seed=1, sequences=4, per_step=PER_STEP)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=2e-3)
     model.train()
@@ -68,9 +71,9 @@ def train(base):
                 logits = model(
                     input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
                 ).logits
-            loss = summed_loss(logits, batch.labels_BT)
+            loss = CAUSAL_LM.summed_loss(logits, batch.labels_BL)
             loss.backward()
-            total, trained = total + loss.item(), trained + batch.num_trained_tokens
+            total, trained = total + loss.item(), trained + batch.num_trained
         for param in trainable_parameters(model).values():
             param.grad /= trained
         optimizer.step()

@@ -17,7 +17,7 @@ from lora_dist.base_model import load_base
 from lora_dist.config import TrainConfig
 from lora_dist.data import collate
 from lora_dist.strategies import Placement
-from lora_dist.train import summed_loss
+from lora_dist.tasks import CAUSAL_LM
 
 
 def uncovered(gathers: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
@@ -40,12 +40,13 @@ def main(name: str, quantization: str) -> None:
         placement=Placement(shard_ranks=dist.get_world_size()),
     )  # fmt: skip
     model = add_adapters(model, config).train()
-    batch = collate([list(range(5, 517))] * 4, pad_token_id=1).to(accelerator.device)
+    ids = list(range(5, 517))
+    batch = collate([{"input_ids": ids, "labels": ids}] * 4, pad_token_id=1).to(accelerator.device)
 
     def micro_batch():
         with accelerator.autocast():
             logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
-        summed_loss(logits, batch.labels_BT).backward()
+        CAUSAL_LM.summed_loss(logits, batch.labels_BL).backward()
 
     for _ in range(3):
         micro_batch()

@@ -23,10 +23,11 @@ from lora_dist.base_model import base_bytes, load_base, meta_model
 from lora_dist.config import TrainConfig
 from lora_dist.data import MicroBatches
 from lora_dist.placement import peak_bytes
+from lora_dist.rows import Rows
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import gathered_bytes
+from lora_dist.step import Training, train_step
 from lora_dist.strategies import Placement
-from lora_dist.train import Training, train_step
 
 NUM_LAYERS, HIDDEN, VOCAB, ACCUMULATION, STEPS, ROUNDS, LENGTH = 12, 512, 8000, 4, 3, 3, 64
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
@@ -63,9 +64,10 @@ def on_rank(rank, placement, base, folder):
     held = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
+    ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
+    rows = Rows.of([(row, row) for row in ids])
     batches = MicroBatches(rows, pad_token_id=0, seed=1, sequences=2, per_step=ACCUMULATION * dist.get_world_size())
-    run = Training(model, None, config, accelerator, batches, [], RunFolder(folder), held)
+    run = Training(model, None, config, accelerator, batches, Rows.of([]), RunFolder(folder), held)
     model.train()
     results = [train_step(run, 0)]
     before, times = gathered_bytes(model), []

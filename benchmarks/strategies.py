@@ -23,9 +23,10 @@ from residency import CONFIG, CPU, DTYPE, HIDDEN, LENGTH, NUM_LAYERS, VOCAB
 from lora_dist.adapters import add_adapters, fingerprint
 from lora_dist.base_model import base_bytes, load_base
 from lora_dist.data import MicroBatches
+from lora_dist.rows import Rows
 from lora_dist.run_folder import RunFolder
+from lora_dist.step import Training, train_step
 from lora_dist.strategies import Placement
-from lora_dist.train import Training, train_step
 
 PER_STEP, STEPS, ROUNDS, COUNTER = 8, 3, 3, Path("/sys/class/net/lo/statistics/tx_bytes")
 
@@ -55,9 +56,10 @@ def on_rank(rank, placement, base, folder):
     held = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
+    ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
+    rows = Rows.of([(row, row) for row in ids])
     batches = MicroBatches(rows, pad_token_id=0, seed=1, sequences=2, per_step=PER_STEP)
-    run = Training(model, None, config, accelerator, batches, [], RunFolder(folder), held, placement)
+    run = Training(model, None, config, accelerator, batches, Rows.of([]), RunFolder(folder), held, placement)
     model.train()
     for step in range(2):  # DeepSpeed learns the order of modules in its first passes
         train_step(run, step)

@@ -1,13 +1,15 @@
 """The adapters: added to the base after it is sharded, plain fp32 tensors, the same bytes on every rank."""
 
+import contextlib
 import hashlib
+import json
 import shutil
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -15,9 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_dist.config import TrainConfig, UserError, require
-from lora_dist.data import MicroBatch, random_key
+from lora_dist.data import MicroBatch, model_inputs
+from lora_dist.manifest import write_whole
 from lora_dist.quantization import FrozenLinear, packed_weights
 from lora_dist.sharding import release
+from lora_dist.sources import random_key
+from lora_dist.tasks import CLASSIFIERS, TASKS
 from lora_dist.zero import is_partitioned, whole_shape
 
 # In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
@@ -61,7 +66,8 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
 def is_trained(config: TrainConfig, name: str) -> bool:
     """Whether a parameter of the base, by its name, may be trained: such is kept whole on every rank."""
     modules = list(accumulate(name.split(".")[:-1], lambda path, step: f"{path}.{step}"))
-    saved = any(path.endswith(wanted) for path in modules for wanted in config.modules_to_save or ())  # PEFT's rule
+    wanted = [*(config.modules_to_save or ()), *(CLASSIFIERS if TASKS[config.task_type].has_classes else ())]
+    saved = any(path.endswith(module) for path in modules for module in wanted)  # PEFT's rule
     return saved or (config.lora_bias != "none" and name.endswith("bias"))
 
 
@@ -69,11 +75,14 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     """LoRA on the target modules, initialised from `--seed` alone, with gradient checkpointing if asked for."""
     targets = config.lora_target_modules
     lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        task_type=config.task_type, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules=linear_names(model) if targets == ["all-linear"] else targets, bias=config.lora_bias,
         use_rslora=config.use_rslora, use_dora=config.use_dora, modules_to_save=config.modules_to_save,
     )  # fmt: skip
     torch.manual_seed(random_key(config.seed, "adapters") % 2**32)
+    for name in vars(model).get("new_parameters", ()):  # a head that the checkpoint lacks
+        param = model.get_parameter(name)
+        param.data.normal_(std=0.02) if param.dim() > 1 else param.data.zero_()
     peft_model = get_peft_model(model, lora)
     for param in trainable_parameters(peft_model).values():  # copies of modules to save are in the base's 16 bits
         param.data = param.data.float()
@@ -128,11 +137,15 @@ def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if TASKS[model.peft_config["default"].task_type].has_classes:  # PEFT does not keep the base's config
+        write_whole(partial / "labels.json", json.dumps(list(model.config.id2label.values())) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, trained: bool) -> None:
+def verify_adapter(
+    model: PeftModel, folder: Path, probe: MicroBatch, *, trained: bool, autocast=contextlib.nullcontext
+) -> None:
     """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: it runs the base.
 
     Checks that no key is missing or extra, that every tensor has the bytes in memory, that `lora_B` is not all zero
@@ -146,33 +159,35 @@ def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, trained
         raise RuntimeError(f"{folder}: bytes differ from the model's in {changed[:4]}")
     if trained and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
         raise RuntimeError(f"{folder}: every lora_B is zero: nothing was trained")
-    live = _probe_logits(model, probe)
+    live = probe_logits(model, probe, autocast)
     if model.peft_config["default"].bias != "none":  # PEFT has no second adapter then: load it over the live one
         for param in trainable_parameters(model).values():
             param.data.zero_()
         set_peft_model_state_dict(model, saved)
-        reloaded = _probe_logits(model, probe)
+        reloaded = probe_logits(model, probe, autocast)
     else:
-        reloaded = _logits_of_second_adapter(model, folder, probe)
+        reloaded = _logits_of_second_adapter(model, folder, probe, autocast)
     if not torch.equal(live, reloaded):
         raise RuntimeError(f"{folder}: PEFT loads it to other logits, by up to {(live - reloaded).abs().max():.3g}")
 
 
-def _logits_of_second_adapter(model: PeftModel, folder: Path, probe: MicroBatch) -> torch.Tensor:
+def _logits_of_second_adapter(model: PeftModel, folder: Path, probe: MicroBatch, autocast) -> torch.Tensor:
     model.load_adapter(str(folder), "reloaded")
     try:
         model.set_adapter("reloaded")
-        return _probe_logits(model, probe)
+        return probe_logits(model, probe, autocast)
     finally:
         model.set_adapter("default")
         model.delete_adapter("reloaded")
 
 
 @torch.no_grad()
-def _probe_logits(model: PeftModel, probe: MicroBatch) -> torch.Tensor:
+def probe_logits(model: nn.Module, probe: MicroBatch, autocast) -> torch.Tensor:
+    """Logits without dropout. Collective. Each under its own `autocast`: one keeps the casts of what it has seen."""
     training = model.training
     model.eval()
-    logits = model(input_ids=probe.input_ids_BT, attention_mask=probe.attention_mask_BT, use_cache=False).logits
+    with autocast():
+        logits = model(**model_inputs(model, probe), use_cache=False).logits
     model.train(training)
     release(model)
     return logits

@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
 )
@@ -33,16 +31,18 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_dist.config import UserError, require
 from lora_dist.embedded import model_path
-from lora_dist.packing import keep_norms_in_fp32, pack_model
+from lora_dist.freezing import keep_norms_in_fp32, pack_model
 from lora_dist.pipeline import put_back, set_aside
 from lora_dist.quantization import FrozenLinear, NF4Linear, as_integers, packed_weights
 from lora_dist.serialization import StoredFormat, read_bitsandbytes, stored_format
-from lora_dist.sharding import shard
+from lora_dist.sharding import decoder_layers, shard
 from lora_dist.strategies import Placement
+from lora_dist.tasks import CAUSAL_LM, Task
 from lora_dist.weights import LazyTensor, open_weights, weight_files
 from lora_dist.zero import partition_base, partitioned_bytes, split_rows, whole_shape
 
@@ -172,8 +172,7 @@ class FrozenQuantizer(HfQuantizer):
         """The model is on meta: swap the linears, tie, then shard."""
         load = self.quantization_config.load
         pack_model(model, load.quantization, load.stored)
-        if model.config.tie_word_embeddings:  # not tied yet here: the root group would gather the embedding twice
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        _tie(model)
         keep_norms_in_fp32(model)
         _transpose(model, load)
         if load.placement.zero_stage == 3:
@@ -200,6 +199,13 @@ def _mark_for_peft(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NF4Linear):
             module.mark_for_peft()
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Make one parameter of tied ones: else the root group would gather them twice. `tie_weights` is disabled here."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        module, _, name = target.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(source))
 
 
 def _transpose(model: PreTrainedModel, load: BaseLoad) -> None:
@@ -238,24 +244,33 @@ def read_base(
     device: torch.device,
     placement: Placement,
     is_trained: Callable[[str], bool] = lambda name: False,
+    task: Task = CAUSAL_LM,
+    classes: list[str] | None = None,
 ) -> PreTrainedModel:
     """The frozen base, placed as `placement` says. `dtype`: of what is neither quantized nor in a norm.
+
+    A base that is to classify `classes` may lack the head that will: it is made anew, and must be trained.
 
     `is_trained` says of a parameter's name whether it will be trained: such stay whole on each rank. A checkpoint that
     bitsandbytes quantized is taken as it is. Raises UserError where there is no such model, or it cannot be quantized
     or sharded. Collective.
     """
-    config = load_model_config(name)
+    config = load_model_config(name, classes)
     if getattr(config, "layerdrop", 0) and placement.shard_ranks > 1:  # ranks would skip different layers
         raise UserError(f"--model_name_or_path {name}: its layerdrop is {config.layerdrop}; a sharded base needs 0")
     stored = stored_format(name, config, quantization)
     tensors = read_bitsandbytes(open_weights(weight_files(name)))
     load = BaseLoad(quantization, placement, device, tensors, stored, is_trained)
-    model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is answered below
+    model, loaded = task.models[type(config)].from_pretrained(
         None, config=config, dtype=dtype, device_map={"": load.where},
         state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
     )  # fmt: skip
-    missing = sorted(loaded["missing_keys"])
+    logging.set_verbosity(verbosity)
+    absent = sorted(loaded["missing_keys"])
+    new = [name for name in absent if task.has_classes and is_trained(name)]
+    missing = [name for name in absent if name not in new]
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"--model_name_or_path {name}: its checkpoint lacks {' '.join(missing[:4])}")
     if placement.offload:  # what is not sharded computes where it lies
@@ -264,6 +279,10 @@ def read_base(
                 tensor.data = tensor.data.to(device)
     model.config.name_or_path = model.name_or_path = model_path(name)
     del model.config.quantization_config
+    vars(model)["new_parameters"] = new
+    if model.config.is_encoder_decoder:
+        for layer in decoder_layers(model):
+            layer.register_forward_pre_hook(_add_gradients_by_layer)
     try:
         model.generation_config = GenerationConfig.from_pretrained(model_path(name))
     except OSError:
@@ -271,27 +290,36 @@ def read_base(
     return model
 
 
-def meta_model(name: str, quantization: str, dtype: torch.dtype) -> PreTrainedModel:
+def _add_gradients_by_layer(layer: nn.Module, args: tuple) -> tuple:
+    """Let the encoder's output collect its gradient layer by layer of the decoder, as FSDP2 has it: the same bits."""
+    return tuple(a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad else a for a in args)
+
+
+def meta_model(
+    name: str, quantization: str, dtype: torch.dtype, task: Task = CAUSAL_LM, classes: list[str] | None = None
+) -> PreTrainedModel:
     """The base as `load_base` will make it, without its weights: to check and count before anything is read."""
-    config = load_model_config(name)
-    require(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, "model_name_or_path", name, "is not a causal language model")
+    config = load_model_config(name, classes)
+    require(type(config) in task.models, "model_name_or_path", name, f"is not a {task.what}")
     stored = stored_format(name, config, quantization)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = task.models[type(config)]._from_config(config, dtype=dtype)
     pack_model(model, quantization, stored)
     keep_norms_in_fp32(model)
     return model
 
 
-def load_model_config(name: str):
+def load_model_config(name: str, classes: list[str] | None = None):
     """transformers' config of a model directory or hub name. Raises UserError where there is none."""
+    labels = {"id2label": dict(enumerate(classes))} if classes else {}
+    labels |= {"label2id": {name: number for number, name in enumerate(classes)}} if classes else {}
     if not Path(model_path(name)).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(
             f"--model_name_or_path {name}: no such directory; "
             "give a model directory or a hub name such as facebook/opt-6.7b"
         )
     try:
-        return AutoConfig.from_pretrained(model_path(name))
+        return AutoConfig.from_pretrained(model_path(name), **labels)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

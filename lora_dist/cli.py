@@ -6,17 +6,50 @@ import json
 from functools import partial
 from pathlib import Path
 
-from lora_dist.config import UserError, end_process
+from lora_dist.config import TrainConfig, UserError, end_process, parse_config
+from lora_dist.embedded import EMBEDDED
 from lora_dist.strategies import STRATEGIES
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_quantize, _add_report, _add_strategies):
+    for add in (_add_doctor, _add_generate, _add_quantize, _add_report, _add_strategies):
         add(commands)
-    args = parser.parse_args(argv)
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and args.run is not _doctor:
+        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
     end_process(partial(args.run, args))
+
+
+def _add_doctor(commands) -> None:
+    command = commands.add_parser(
+        "doctor", help="check data before training on it",
+        description="Tokenize data as a recipe will, say what is odd in it, and show which tokens are trained on. "
+        "Takes the recipes' flags too; with --strict true what is odd is exit code 2.",
+        epilog="Example: lora-dist doctor --data chats.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct "
+        "--max_length 2048",
+    )  # fmt: skip
+    command.add_argument("--data", required=True, metavar="NAME", help="as a recipe's --dataset_name")
+    command.add_argument("--json", action="store_true", help="print the counts, warnings and examples as JSON")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(args) -> None:
+    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.flags])
+    from lora_dist.formats import load_tokenizer, marked
+    from lora_dist.rows import prepare_rows
+
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    data = prepare_rows(config, tokenizer)
+    examples = [marked(tokenizer, row["input_ids"], row["labels"]) for row in data.first(2)]
+    if args.json:
+        counts = {split: dataclasses.asdict(counts) for split, counts in data.counts.items()}
+        print(json.dumps({"counts": counts, "warnings": data.warnings(), "examples": examples}))
+        return
+    print(data.table())
+    for number, example in enumerate(examples, 1):
+        print(f"\nexample {number}, as {config.model_name_or_path} reads it; trained on between ⟦ and ⟧:\n{example}")
 
 
 def _add_generate(commands) -> None:

@@ -37,14 +37,53 @@ class TrainConfig:
     )
     dataset_name: str | None = setting(
         None,
-        "Data set: a hub name, a .json, .jsonl, .csv, .parquet or .txt file, or embedded. "
-        "Default: the recipe's on a GPU, embedded without one.",
+        "Data set: a hub name, a .json, .jsonl, .csv, .parquet or .txt file, a directory of such files or one that "
+        "save_to_disk wrote, embedded, or embedded/complaints. Default: the recipe's on a GPU, embedded without one.",
     )
-    dataset_text_field: str = setting("text", "Column that holds the text to train on.")
+    dataset_config: str | None = setting(None, "Configuration of a hub data set that has several.")
+    dataset_train_split: str = setting("train", "Split to train on.")
+    dataset_test_split: str | None = setting(None, "Split to evaluate on, or none. Default: test, where there is one.")
     eval_fraction: float = setting(
-        0.05, "Fraction of the rows held out for evaluation when the data set has no test split; 0 for none."
+        0.05, "Fraction of the rows held out for evaluation where there is no split for it; 0 for none."
     )
-    max_length: int = setting(512, "Longest row in tokens; longer ones are cut.")
+    streaming: bool = setting(
+        False,
+        "Read the data while training instead of before it: for what is too large for the disk. Needs --max_steps.",
+    )
+    dataset_format: Literal["auto", "text", "prompt_completion", "alpaca", "messages"] = setting(
+        "auto",
+        "What the columns hold: text; prompt, completion; instruction, input, output; or messages (conversations) of a "
+        "chat. auto: told by the columns' names.",
+    )
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"] = setting(
+        "CAUSAL_LM",
+        "What the base learns, in PEFT's names: to go on, to answer in a decoder, to classify rows or words.",
+    )
+    dataset_label_field: str | None = setting(
+        None, "SEQ_CLS, TOKEN_CLS: column of a row's class, of its several classes, or of its words'."
+    )
+    num_labels: int | None = setting(None, "SEQ_CLS, TOKEN_CLS: use only so many classes, the most frequent ones.")
+    dataset_text_field: str | None = setting(None, "Column that holds the text to train on. Default: text.")
+    rename_columns: list[str] | None = setting(
+        None, "Columns under other names than --dataset_format's, as OLD=NEW, e.g. question=prompt answer=completion."
+    )
+    chat_template: str | None = setting(
+        None, "Jinja file to render messages with, and to save with the adapter. Default: the tokenizer's."
+    )
+    train_on_inputs: bool = setting(
+        False, "Train on prompts and on all turns of a chat, not on completions and the assistant's turns alone."
+    )
+    max_length: int = setting(512, "Longest row in tokens.")
+    overlong_rows: Literal["truncate", "split", "drop"] = setting(
+        "truncate", "What becomes of rows over --max_length: cut off, cut into several rows, or left out."
+    )
+    packing: bool = setting(
+        False, "Fill each row up to --max_length with several documents, which do not see each other."
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = setting(
+        "random", "Order of the rows: random, or such that a step's rows are of similar length, for little padding."
+    )
+    strict: bool = setting(False, "Refuse data that would be warned of.")
 
     quantization: Literal["int8", "nf4", "nf4_plain", "none"] = setting(
         "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization or without, or as it is."
@@ -127,13 +166,23 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit",
-                     "shard_size", "context_parallel_size"):  # fmt: skip
+                     "shard_size", "context_parallel_size", "num_labels"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        grouped = self.train_sampling_strategy == "group_by_length"
+        why = "has no effect with --packing true, which leaves next to no padding"
+        require(not (grouped and self.packing), "train_sampling_strategy", self.train_sampling_strategy, why)
+        require(self.max_length >= 2, "max_length", self.max_length, "must be 2 or more: a token predicts the next")
+        for pair in self.rename_columns or ():
+            old, _, new = pair.partition("=")
+            require(old and new, "rename_columns", pair, "must be OLD=NEW, e.g. question=prompt")
+        if self.streaming:
+            why = "needs --max_steps: a stream's length is not known before its end"
+            require(self.num_train_epochs is None, "streaming", True, why)
         resident, budget, ratio = self.resident_layers, self.memory_budget_gib, self.loraplus_lr_ratio
         valid = resident in ("all", "auto") or resident.isdigit()
         require(valid, "resident_layers", resident, "must be a number, all or auto")

@@ -18,7 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_dist.config import TrainConfig, require
-from lora_dist.data import IGNORE_INDEX, MicroBatch
+from lora_dist.data import MicroBatch
+from lora_dist.packing import positions_in_documents
+from lora_dist.tasks import IGNORE_INDEX
 
 NAME = "context_parallel"
 # Plain causal attention through transformers' attention interface, positions given from outside; each one tested.
@@ -65,9 +67,9 @@ class ContextParallel:
 
     def summed_loss(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Cross entropy in fp32, summed over the trained tokens of this rank's piece of the rows."""
-        input_ids_BP, mask_11PT, positions_BP, targets_BP = self.split(batch)
+        input_ids_BP, mask_B1PT, positions_BP, targets_BP = self.split(batch)
         logits_BPV = model(
-            input_ids=input_ids_BP, attention_mask=mask_11PT, position_ids=positions_BP, use_cache=False
+            input_ids=input_ids_BP, attention_mask=mask_B1PT, position_ids=positions_BP, use_cache=False
         ).logits
         return F.cross_entropy(
             logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -76,18 +78,23 @@ class ContextParallel:
     def split(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, mask (True: attend), positions and next tokens of this rank's piece of the padded rows."""
         pad = -batch.input_ids_BT.shape[1] % self.size
-        ids_BT = F.pad(batch.input_ids_BT, (0, pad))
-        targets_BT = F.pad(batch.labels_BT[:, 1:], (0, pad + 1), value=IGNORE_INDEX)
+        ids_BT, documents_BT = (F.pad(t, (0, pad)) for t in (batch.input_ids_BT, batch.attention_mask_BT))
+        targets_BT = F.pad(batch.labels_BL[:, 1:], (0, pad + 1), value=IGNORE_INDEX)
         length = ids_BT.shape[1] // self.size
         piece = slice(self.piece * length, (self.piece + 1) * length)
-        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        causal_PT = positions_T[piece, None] >= positions_T[None]  # hides the padding too, which is on the right
-        return ids_BT[:, piece], causal_PT[None, None], positions_T[piece].expand(len(ids_BT), -1), targets_BT[:, piece]
+        index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        seen_BPT = (index_T[piece, None] >= index_T[None])[None]  # hides the padding too, which is on the right
+        positions_BT = index_T.expand(len(ids_BT), -1)
+        if batch.packed:
+            seen_BPT = seen_BPT & (documents_BT[:, piece, None] == documents_BT[:, None])
+            positions_BT = positions_in_documents(documents_BT)
+        return ids_BT[:, piece], seen_BPT[:, None], positions_BT[:, piece], targets_BT[:, piece]
 
 
 def check_context_parallel(model: nn.Module, config: TrainConfig, num_ranks: int) -> None:
     """Raises UserError where `--context_parallel_size` ranks cannot share this model's rows."""
     name, size, model_type = "context_parallel_size", config.context_parallel_size, model.config.model_type
+    require(config.task_type == "CAUSAL_LM", name, size, f"cannot be had with --task_type {config.task_type}")
     require(num_ranks % size == 0, name, size, f"must divide the {num_ranks} ranks")
     families = ", ".join(sorted(FAMILIES))
     require(model_type in FAMILIES, name, size, f"cannot be had for a {model_type}; it can for {families}")

@@ -1,4 +1,4 @@
-"""Text to rows of token ids, and rows to micro-batches.
+"""Rows to micro-batches.
 
 A micro-batch is a pure function of (seed, step, index): no sampler state, no dependence on the number of ranks, which
 differ only in the indices they run. This is what makes a run the same on any number of ranks, and resumable from its
@@ -7,174 +7,220 @@ step alone.
 B: sequences of a micro-batch. T: tokens of its longest sequence.
 """
 
-import hashlib
+import bisect
 import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
-import datasets
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
 
-from lora_dist.config import TrainConfig, UserError, require
-from lora_dist.embedded import EMBEDDED, QUOTES_DIR, model_path
+from lora_dist.formats import Encoded
+from lora_dist.packing import best_fit_decreasing, join, packed_inputs
+from lora_dist.rows import Rows, RowStream
+from lora_dist.sources import random_key
+from lora_dist.tasks import CAUSAL_LM, IGNORE_INDEX, Task
 
-LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-IGNORE_INDEX = -100  # cross_entropy's default
-
-
-def random_key(*what) -> int:
-    """A 63-bit seed made from e.g. (seed, step, index): the only source of randomness of a run."""
-    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little") >> 1
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model_name_or_path {name}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked in attention and loss: any id will do
-    return tokenizer
-
-
-def load_texts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """The training and held-out texts of `--dataset_name`. Raises UserError where the data or the column is missing."""
-    name, column = config.dataset_name, config.dataset_text_field
-    splits = _load_splits(name)
-    train = splits["train"]
-    require(
-        column in train.column_names,
-        "dataset_text_field",
-        column,
-        f"no such column in {name}; it has {', '.join(train.column_names)}",
-    )
-    if "test" in splits:
-        train_texts, eval_texts = train[column], splits["test"][column]
-    else:
-        num_eval = int(len(train) * config.eval_fraction)
-        order = torch.randperm(
-            len(train), generator=torch.Generator().manual_seed(random_key(config.seed, "held out"))
-        ).tolist()
-        eval_texts = train.select(sorted(order[:num_eval]))[column]
-        train_texts = train.select(sorted(order[num_eval:]))[column]
-    train_texts, eval_texts = [t for t in train_texts if t], [t for t in eval_texts if t]
-    require(
-        all(isinstance(t, str) for t in train_texts),
-        "dataset_text_field",
-        column,
-        f"does not hold text in {name}",
-    )
-    require(train_texts, "dataset_name", name, "has no text to train on")
-    return train_texts, eval_texts
-
-
-def _load_splits(name: str) -> datasets.DatasetDict:
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error
-    if name == EMBEDDED:
-        return datasets.load_dataset(
-            "json", data_files={split: str(QUOTES_DIR / f"{split}.jsonl") for split in ("train", "test")}
-        )
-    path = Path(name)
-    try:
-        if path.suffix in LOADER_OF_SUFFIX:
-            require(path.is_file(), "dataset_name", name, "no such file")
-            splits = datasets.load_dataset(LOADER_OF_SUFFIX[path.suffix], data_files={"train": str(path)})
-        else:
-            splits = datasets.load_dataset(name)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many kinds; all mean that this name cannot be read
-        while error.__cause__:  # the outer ones only say that something went wrong
-            error = error.__cause__
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        suffixes = " ".join(LOADER_OF_SUFFIX)
-        raise UserError(
-            f"--dataset_name {name}: cannot be loaded: {reason}. Give a hub name or a file ending in {suffixes}"
-        ) from None
-    require("train" in splits, "dataset_name", name, f"has no train split; it has {', '.join(splits)}")
-    return splits
-
-
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of each text, closed by eos so that the model learns where a text ends, cut to `max_length`."""
-    ids = tokenizer(texts, truncation=True, max_length=max_length - 1)["input_ids"]
-    return [row + [tokenizer.eos_token_id] for row in ids]
+STREAM_WINDOW = 10_000  # rows of a stream that are shuffled, and packed, together
+GROUPED_STEPS = 50  # steps whose rows are sorted by length together
+AHEAD = 2  # micro-batches that wait to be used
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     input_ids_BT: torch.Tensor  # int64
-    attention_mask_BT: torch.Tensor  # int64, 0 on padding
-    labels_BT: torch.Tensor  # int64, IGNORE_INDEX where nothing is trained
+    attention_mask_BT: torch.Tensor  # int64, 0 on padding; in packed rows the number of the document, from 1
+    labels_BL: torch.Tensor  # int64, as its task says; IGNORE_INDEX where nothing is trained
+    packed: bool = False
+    task: Task = CAUSAL_LM
 
     @property
-    def num_trained_tokens(self) -> int:
-        return int((self.labels_BT[:, 1:] != IGNORE_INDEX).sum())  # position t predicts token t + 1
+    def num_trained(self) -> int:
+        """Tokens, or of SEQ_CLS rows or classes, that the loss is a mean over."""
+        return self.task.num_trained(self.labels_BL)
 
     @property
     def num_tokens(self) -> int:
-        return int(self.attention_mask_BT.sum())
+        return int((self.attention_mask_BT != 0).sum())
+
+    def first(self) -> "MicroBatch":
+        """Its first row alone."""
+        return self._map(lambda tensor: tensor[:1])
+
+    def pin(self) -> "MicroBatch":
+        return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(t.to(device) for t in (self.input_ids_BT, self.attention_mask_BT, self.labels_BT)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change) -> "MicroBatch":
+        tensors = (self.input_ids_BT, self.attention_mask_BT, self.labels_BL)
+        return MicroBatch(*map(change, tensors), self.packed, self.task)
 
 
-def collate(rows: list[list[int]], pad_token_id: int) -> MicroBatch:
+def collate(rows: Sequence[dict], pad_token_id: int, task: Task = CAUSAL_LM) -> MicroBatch:
     """Rows padded on the right to the longest of them."""
-    longest = max(map(len, rows))
-    input_ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return MicroBatch(input_ids, mask, input_ids.masked_fill(mask == 0, IGNORE_INDEX))
+    packed = "attention_mask" in rows[0]
+    masks = [row["attention_mask"] if packed else [1] * len(row["input_ids"]) for row in rows]
+    return MicroBatch(
+        _padded([row["input_ids"] for row in rows], pad_token_id),
+        _padded(masks, 0),
+        _padded([row["labels"] for row in rows], IGNORE_INDEX),
+        packed,
+        task,
+    )
+
+
+def _padded(rows: Sequence, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), value)
+    for row, out in zip(rows, padded, strict=True):
+        out[: len(row)] = torch.as_tensor(row)
+    return padded
+
+
+def model_inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """The arguments of a model's forward."""
+    if batch.packed:
+        return {"input_ids": batch.input_ids_BT, **packed_inputs(model, batch.attention_mask_BT)}
+    inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
+    if batch.task.name == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.labels_BL)
+    return inputs
 
 
 class MicroBatches:
     """The run's data: micro-batch `index` of optimizer step `step`, the same whoever asks.
 
-    Rows are read from an endless stream, one seeded permutation per epoch, so that every row comes once an epoch and
-    none is dropped or repeated at its end. With `num_epochs` the stream ends, and the last step may hold fewer rows.
+    Sequences are read from an endless stream of windows. A window is an epoch: one seeded permutation of the rows, so
+    that each comes once an epoch and none is dropped or repeated at its end; of a RowStream it is its next rows. With
+    `num_epochs` the stream ends, and the last step may hold fewer sequences.
+
+    A sequence is one row, or with `pack_to` as many as fit into so many tokens. With `group_by_length` the rows of a
+    step are of similar length.
     """
 
     def __init__(
         self,
-        rows: list[list[int]],
+        rows: Rows | RowStream,
         *,
         pad_token_id: int,
         seed: int,
         sequences: int,
         per_step: int,
         num_epochs: float | None = None,
+        pack_to: int | None = None,
+        group_by_length: bool = False,
+        task: Task = CAUSAL_LM,
     ):
         self.rows, self.pad_token_id, self.seed = rows, pad_token_id, seed
-        self.sequences, self.per_step = sequences, per_step  # rows of a micro-batch, micro-batches of a step
-        self.end = math.ceil(num_epochs * len(rows)) if num_epochs else None
-        self._orders: dict[int, list[int]] = {}
+        self.sequences, self.per_step = sequences, per_step  # of a micro-batch, micro-batches of a step
+        self.pack_to, self.group_by_length, self.task = pack_to, group_by_length, task
+        self._windows: dict[int, tuple[Rows | list, list[list[int]]]] = {}  # the last two: a micro-batch spans no more
+        self._starts, self._stream = [0], None  # of a stream's windows, as far as they are known
+        streamed = isinstance(rows, RowStream)
+        self.per_epoch = None if streamed else len(self._window(0)[1])  # sequences
+        self.end = math.ceil(num_epochs * self.per_epoch) if num_epochs else None
 
     @property
     def num_steps(self) -> int | None:
         """Steps until the stream ends; None where it does not."""
         return math.ceil(self.end / (self.sequences * self.per_step)) if self.end else None
 
-    def row_ids(self, step: int, index: int) -> list[int]:
-        start = (step * self.per_step + index) * self.sequences
-        stop = start + self.sequences if self.end is None else min(start + self.sequences, self.end)
-        return [self._order(position // len(self.rows))[position % len(self.rows)] for position in range(start, stop)]
+    def row_ids(self, step: int, index: int) -> list[list[int]]:
+        """The rows in each sequence of a micro-batch, by their number in the data, of a stream in their window."""
+        return [self._window(window)[1][offset] for window, offset in self._places(step, index)]
 
     def __call__(self, step: int, index: int) -> MicroBatch:
-        ids = self.row_ids(step, index)
-        if ids:
-            return collate([self.rows[i] for i in ids], self.pad_token_id)
-        empty = collate([self.rows[0][:2]], self.pad_token_id)  # past the end of the data: a row that trains nothing
-        return MicroBatch(empty.input_ids_BT, empty.attention_mask_BT, torch.full_like(empty.labels_BT, IGNORE_INDEX))
+        sequences = []
+        for window, offset in self._places(step, index):
+            rows, order = self._window(window)
+            documents = [rows[i] for i in order[offset]]
+            sequences.append(join(documents) if self.pack_to else documents[0])
+        if sequences:
+            return collate(sequences, self.pad_token_id, self.task)
+        first = self._window(0)[0][0]  # past the end of the data: a row that trains nothing
+        nothing = {"input_ids": first["input_ids"], "labels": [IGNORE_INDEX] * len(first["labels"])}
+        return collate([join([nothing]) if self.pack_to else nothing], self.pad_token_id, self.task)
 
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a micro-batch spans two at most
-            generator = torch.Generator().manual_seed(random_key(self.seed, "order", epoch))
-            self._orders[epoch] = torch.randperm(len(self.rows), generator=generator).tolist()
-        return self._orders[epoch]
+    def _places(self, step: int, index: int) -> list[tuple[int, int]]:
+        """(window, position in it) of each sequence of a micro-batch."""
+        start = (step * self.per_step + index) * self.sequences
+        stop = start + self.sequences if self.end is None else min(start + self.sequences, self.end)
+        return [self._place(position) for position in range(start, stop)]
+
+    def _place(self, position: int) -> tuple[int, int]:
+        if self.per_epoch:
+            return divmod(position, self.per_epoch)
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + len(self._window(len(self._starts) - 1)[1]))
+        window = bisect.bisect(self._starts, position) - 1
+        return window, position - self._starts[window]
+
+    def _window(self, number: int) -> tuple[Rows | list, list[list[int]]]:
+        """(rows, the rows of each sequence in their order) of an epoch, or of a part of a stream."""
+        if number not in self._windows:
+            rows = self._read_window(number) if isinstance(self.rows, RowStream) else self.rows
+            self._windows = {n: window for n, window in self._windows.items() if n == number - 1}
+            self._windows[number] = rows, self._arrange(rows, number)
+        return self._windows[number]
+
+    def _read_window(self, number: int) -> list[dict]:
+        if self._stream is None or number < self._next_read:
+            self._stream, self._next_read = self._read_windows(), 0  # from its beginning
+        window = next(islice(self._stream, number - self._next_read, None))
+        self._next_read = number + 1
+        return [{"input_ids": ids, "labels": labels} for ids, labels in window]
+
+    def _read_windows(self) -> Iterator[list[Encoded]]:
+        """The stream from its beginning, and again when it ends: a window holds no row twice."""
+        while True:
+            rows = iter(self.rows)
+            while window := list(islice(rows, STREAM_WINDOW)):
+                yield window
+
+    def _arrange(self, rows: Rows | list, window: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(random_key(self.seed, "order", window))
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        if not (self.pack_to or self.group_by_length):
+            return [[i] for i in order]
+        lengths = rows.lengths if isinstance(rows, Rows) else [len(row["input_ids"]) for row in rows]
+        if self.pack_to:
+            packed = best_fit_decreasing(lengths, order, self.pack_to)
+            return [packed[i] for i in torch.randperm(len(packed), generator=generator).tolist()]
+        step = self.sequences * self.per_step
+        size = step * GROUPED_STEPS
+        pools = [sorted(order[i : i + size], key=lambda j: -lengths[j]) for i in range(0, len(order), size)]
+        steps = [pool[i : i + step] for pool in pools for i in range(0, len(pool), step)]
+        uneven = [] if len(steps[-1]) == step else [steps.pop()]  # last, so that the others stay together
+        shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        return [[i] for rows_of_step in shuffled + uneven for i in rows_of_step]
+
+
+class Prefetch:
+    """Makes the micro-batches of this rank in a thread, ahead of their use.
+
+    Not in torch's worker processes: a SIGTERM to all processes of a job ends those, and with them a run that would have
+    saved itself (docs/log.md). Making one takes milliseconds, and a tokenizer leaves Python's lock to others.
+    """
+
+    def __init__(self, batches: MicroBatches, turns: Sequence[int], device: torch.device):
+        self.batches, self.turns, self.device = batches, turns, device  # turns: the indices of a step in their order
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._waiting: dict[int, Future] = {}  # by step * turns of a step + turn
+
+    def __call__(self, step: int, turn: int) -> MicroBatch:
+        """On the device. Raises what making it raised."""
+        number = step * len(self.turns) + turn
+        wanted = range(number, number + AHEAD + 1)
+        self._waiting = {n: self._waiting.get(n) or self._thread.submit(self._make, n) for n in wanted}
+        return self._waiting.pop(number).result().to(self.device)
+
+    def _make(self, number: int) -> MicroBatch:
+        step, turn = divmod(number, len(self.turns))
+        batch = self.batches(step, self.turns[turn])
+        if self.device.type != "cuda":
+            return batch
+        with torch.cuda.device(self.device):
+            return batch.pin()

@@ -1,103 +1,106 @@
-"""Which weights of a model are packed, and what stays in fp32: decided on the model itself, while it is on meta."""
+"""Several documents in a row, kept apart: which go together, and what a model is told so that none sees another.
 
+With position ids alone Llama keeps documents apart, OPT and Falcon do not. So the mask says it: block-diagonal, and
+causal within a document.
+
+B: rows. T: tokens of the longest.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_dist.config import UserError
-from lora_dist.quantization import KIND_OF, experts_forward, make_frozen_linear, pack, packed_weights
-from lora_dist.serialization import StoredFormat
-from lora_dist.sharding import decoder_layers
-from lora_dist.zero import whole_shape
-
-# Routers of experts and the like are small and stay as they are; below this share, something large was left out.
-LEAST_QUANTIZED_SHARE = 0.9
-
-ALL_EXPERTS_FUNCTIONS.register("frozen", experts_forward)
+from lora_dist.config import TrainConfig, require
+from lora_dist.tasks import IGNORE_INDEX
 
 
-def pack_model(model: PreTrainedModel, quantization: str, stored: StoredFormat | None = None) -> None:
-    """Freeze a model on meta and swap its linears and experts, the head excepted, for packed ones ("none": keep them).
+def best_fit_decreasing(lengths: Sequence[int], order: Sequence[int], max_length: int) -> list[list[int]]:
+    """Rows, as lists of documents: each document, longest first, goes where it leaves the least room.
 
-    Raises UserError where a good part of the layers' weights would stay unquantized: never skipped silently. Of a
-    checkpoint that is quantized already, it is as `stored` says.
+    Documents of a length come in `order`, so the number of rows does not depend on it.
     """
-    model.requires_grad_(False)
-    # PEFT chooses its bitsandbytes path by these.
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization in ("nf4", "nf4_plain")
-    if quantization == "none":
-        return
-    keep = HfQuantizer.get_modules_to_not_convert(model, stored and stored.skip_modules, model._keep_in_fp32_modules)
-    modules = {n: m for n, m in model.named_modules() if should_convert_module(n, keep)}
-    by_size = sorted((m for m in modules.values() if isinstance(m, nn.Linear)), key=lambda m: -m.weight.numel())
-    smallest_of_type = {type(module): module for module in by_size}  # the last one of a type stays
-    is_linear = {kind: kind is nn.Linear or _computes_linear(module) for kind, module in smallest_of_type.items()}
-    for name, module in modules.items():
-        if isinstance(module, Conv1D):
-            frozen = make_frozen_linear(quantization, *module.weight.shape, module.bias is not None)
-            frozen.stored_transposed = True
-            model.set_submodule(name, frozen)
-        elif is_linear.get(type(module)):
-            has_bias = module.bias is not None
-            frozen = make_frozen_linear(quantization, module.in_features, module.out_features, has_bias)
-            model.set_submodule(name, frozen)
-        elif _has_plain_experts(module):
-            for weight_name, param in list(module.named_parameters(recurse=False)):
-                if param.dim() == 3:
-                    pack(module, weight_name, KIND_OF[quantization], tuple(param.shape))
-            model.set_experts_implementation("frozen")
-    share, left = quantized_share(model)
-    if share < LEAST_QUANTIZED_SHARE and stored is None:
-        raise UserError(
-            f"--quantization {quantization}: only {share:.0%} of the layers' weights of a {model.config.model_type} "
-            f"can be quantized, not {' '.join(sorted(left))}; use none"
-        )
+    rows, with_room = [], [[] for _ in range(max_length + 1)]  # with_room[n]: rows with n tokens left
+    nonempty = 0  # bit n: with_room[n] holds a row
+    for document in sorted(order, key=lambda i: -lengths[i]):
+        length = int(lengths[document])
+        enough = nonempty >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                nonempty ^= 1 << room
+        else:
+            room, row = max_length, []
+            rows.append(row)
+        row.append(document)
+        with_room[room - length].append(row)
+        nonempty |= 1 << (room - length)
+    return rows
 
 
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass of nn.Linear, such as Falcon's, computes x @ W.T + b: tried on random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"):  # the caller builds the model on meta
-        params = {name: torch.randn(param.shape, generator=generator) for name, param in module.named_parameters()}
-        x = torch.randn(3, module.in_features, generator=generator)
-        expected = nn.functional.linear(x, params["weight"], params.get("bias"))
-        return torch.allclose(torch.func.functional_call(module, params, (x,)), expected, rtol=1e-4, atol=1e-3)
+def join(documents: list[dict]) -> dict[str, np.ndarray]:
+    """One row of several documents; `attention_mask` numbers them from 1, and no last token predicts a first one."""
+    labels = [np.array(document["labels"]) for document in documents]
+    for label in labels:
+        label[0] = IGNORE_INDEX
+    lengths = [len(document["input_ids"]) for document in documents]
+    return {
+        "input_ids": np.concatenate([document["input_ids"] for document in documents]),
+        "labels": np.concatenate(labels),
+        "attention_mask": np.repeat(np.arange(1, len(documents) + 1), lengths),
+    }
 
 
-def _has_plain_experts(module: nn.Module) -> bool:
-    """Whether a module follows transformers' experts interface, with each expert's weight as (O, I)."""
-    interface = vars(module)
-    return interface.get("is_transposed") is False and not interface["has_post_expert_norm"]
+def positions_in_documents(documents_BT: torch.Tensor) -> torch.Tensor:
+    """Position ids, int64 (B, T), that begin again with each document."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return index_T - torch.where(begins_BT, index_T, 0).cummax(1).values
 
 
-def quantized_share(model: nn.Module) -> tuple[float, set[str]]:
-    """Of the frozen matrices inside the decoder layers: the share that is packed, and the names of the others."""
-    num_packed, left = 0, {}
-    for layer in decoder_layers(model):
-        num_packed += sum(torch.Size(p.shape).numel() for m in layer.modules() for p in packed_weights(m).values())
-        for name, param in layer.named_parameters():
-            shape = whole_shape(param)
-            if len(shape) >= 2 and param.is_floating_point() and not param.requires_grad:
-                left[name] = left.get(name, 0) + shape.numel()
-    return num_packed / (num_packed + sum(left.values())), set(left)
+def block_diagonal(documents_BT: torch.Tensor) -> torch.Tensor:
+    """Attention mask, bool (B, 1, T, T), True where row's token may see column's: earlier, and of its document.
 
-
-def keep_norms_in_fp32(model: nn.Module) -> None:
-    """Hold the parameters of norms in fp32, as PEFT's `prepare_model_for_kbit_training` does.
-
-    A norm still answers in the dtype it was asked in, so activations stay in 16 bit. So do embeddings, heads and the
-    biases of linears: their fp32 copies would hold the same numbers, and be rounded to 16 bit before each use.
+    Padding is a document too: a token that saw nothing would have no softmax.
     """
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 1 and weight.is_floating_point() and weight.dtype != torch.float32:
-            module.float()
-            module.register_forward_hook(_answer_in_dtype_of_input, with_kwargs=True)
+    return (documents_BT[:, :, None] == documents_BT[:, None, :]).tril()[:, None]
 
 
-def _answer_in_dtype_of_input(module, args, kwargs, output):
-    return output.to((*args, *kwargs.values())[0].dtype)
+def packed_inputs(model: nn.Module, documents_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The forward's arguments that keep documents apart."""
+    mask_B1TT = block_diagonal(documents_BT)
+    if model.config.model_type == "bloom":  # no position ids, and a mask that is added to the scores
+        dtype = model.get_input_embeddings().weight.dtype
+        unseen = torch.finfo(dtype).min
+        return {"attention_mask": torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, unseen)}
+    return {"attention_mask": mask_B1TT, "position_ids": positions_in_documents(documents_BT)}
+
+
+def check_packing(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raises UserError where rows as long as `--max_length` would see more packed than they do unpacked."""
+    window = getattr(model.config, "sliding_window", None)
+    limited = window and getattr(model.config, "use_sliding_window", True) and window < config.max_length
+    why = f"this model's layers see {window} tokens back, and packed rows of {config.max_length} would see all; "
+    require(not limited, "packing", True, why + f"use --max_length {window}, or --train_sampling_strategy")
+
+
+def prepare_packing(model: nn.Module) -> None:
+    """Bloom's attention biases count the tokens of a (B, T) mask: let them count a packed row's by document."""
+    if model.config.model_type == "bloom":
+        transformer = next(m for m in model.modules() if hasattr(type(m), "build_alibi_tensor"))
+        transformer.build_alibi_tensor = partial(_alibi, transformer.build_alibi_tensor)
+
+
+def _alibi(of_mask_BT, mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    if mask.dim() == 2:
+        return of_mask_BT(mask, num_heads, dtype)
+    positions_BT = (mask[:, 0] == 0).sum(-1) - 1
+    ones_BT = torch.ones_like(positions_BT)
+    slopes_HT = of_mask_BT(ones_BT[:1], num_heads, torch.float32)[:, 0]  # slope x position, of positions 0, 1, ...
+    slope_H1 = slopes_HT[:, 1:2] if slopes_HT.shape[1] > 1 else torch.zeros_like(slopes_HT)
+    return (slope_H1 * positions_BT[:, None]).flatten(0, 1)[:, None].to(dtype)

@@ -16,6 +16,7 @@ from lora_dist.quantization import packed_weights
 from lora_dist.reduction import block
 from lora_dist.sharding import decoder_layers
 from lora_dist.strategies import Launch, Placement
+from lora_dist.tasks import TASKS
 from lora_dist.zero import check_zero
 
 
@@ -27,6 +28,9 @@ def choose_placement(
     for name in launch.strategy.refuses:
         value, why = getattr(config, name), f"cannot be had under {launch.strategy.name}; use fsdp"
         require(value == defaults[name], name, value, why)
+    classes = TASKS[config.task_type].has_classes  # with a head that is trained whole
+    why = f"cannot be had under {launch.strategy.name}; use fsdp"
+    require(not (classes and "modules_to_save" in launch.strategy.refuses), "task_type", config.task_type, why)
     if config.context_parallel_size > 1:
         check_context_parallel(skeleton, config, num_ranks)
     placement = _choose_engine(launch, config, skeleton, num_ranks, dtype)

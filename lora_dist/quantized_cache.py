@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from lora_dist.base_model import hand_over, load_base, read_base
 from lora_dist.config import UserError, require
-from lora_dist.data import load_tokenizer
 from lora_dist.embedded import model_path
+from lora_dist.formats import load_tokenizer
 from lora_dist.manifest import describe_file, files_of, is_complete, write_manifest, write_whole
 from lora_dist.quantization import packed_weights
 from lora_dist.serialization import bitsandbytes_config, write_bitsandbytes

@@ -7,7 +7,10 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,37 +18,58 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from huggingface_hub import get_token, upload_folder
+from torch.distributed import distributed_c10d
+from transformers import PreTrainedTokenizerBase
 
-from lora_dist.adapters import parameter_counts
-from lora_dist.config import TrainConfig, UserError
-from lora_dist.embedded import EMBEDDED
-from lora_dist.packing import quantized_share
-from lora_dist.placement import describe
+from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained, parameter_counts
+from lora_dist.base_model import base_bytes, load_model_config, meta_model
+from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.data import MicroBatches
+from lora_dist.freezing import quantized_share
+from lora_dist.metrics import MetricsLog
+from lora_dist.packing import check_packing
+from lora_dist.placement import agree, choose_placement, describe
+from lora_dist.quantized_cache import load_cached_base
 from lora_dist.report import write_report
+from lora_dist.rows import Data
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import Launch, Strategy, world_size
-from lora_dist.train import Training, peak_memory_bytes, save_adapter_checked
+from lora_dist.step import Training
+from lora_dist.strategies import Launch, Placement, Strategy, world_size
+from lora_dist.tasks import TASKS, Task
+from lora_dist.train import peak_memory_bytes, save_adapter_checked
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Another node may have to tokenize what this one has in its cache; once the ranks have met, silence is a fault.
+MEETING_TIMEOUT, COLLECTIVE_TIMEOUT = datetime.timedelta(days=1), datetime.timedelta(minutes=30)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 
 
-def choose_defaults(config: TrainConfig, *, gpu_model: str, gpu_dataset: str) -> tuple[TrainConfig, str]:
-    """The recipe's model and data on a GPU, the embedded ones without; and one line that says which and why."""
+def choose_defaults(
+    config: TrainConfig, defaults: TrainConfig, *, gpu: dict, embedded: dict
+) -> tuple[TrainConfig, str]:
+    """The recipe's base and data on a GPU, the embedded ones without; and one line that says which and why.
+
+    Raises UserError where there is no such base, or nobody is logged in to push to the hub.
+    `gpu` and `embedded` hold settings: those of the data (dataset_...) take effect where no flag names the data, the
+    others where no flag names the base; all of them only in place of the recipe's `defaults`.
+    """
     on_gpu = torch.cuda.is_available()
-    model = config.model_name_or_path or (gpu_model if on_gpu else EMBEDDED)
-    dataset = config.dataset_name or (gpu_dataset if on_gpu else EMBEDDED)
     if config.push_to_hub and not get_token():
         raise UserError("--push_to_hub True: no hub token here; log in with `hf auth login`, or set HF_TOKEN")
     why = "as asked"
-    if not (config.model_name_or_path and config.dataset_name):
-        why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
-    return dataclasses.replace(
-        config, model_name_or_path=model, dataset_name=dataset
-    ), f"base: {model}, data: {dataset} ({why})"
+    for name in ("model_name_or_path", "dataset_name"):
+        if getattr(config, name) is None:
+            why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
+            chosen = gpu if on_gpu else embedded
+            of_data = name == "dataset_name"
+            fitting = {key: value for key, value in chosen.items() if key.startswith("dataset") == of_data}
+            unset = {key: value for key, value in fitting.items() if getattr(config, key) == getattr(defaults, key)}
+            config = dataclasses.replace(config, **unset)
+    load_model_config(config.model_name_or_path)  # raises where there is none
+    return config, f"base: {config.model_name_or_path}, data: {config.dataset_name} ({why})"
 
 
 def base_dtype(precision: str) -> torch.dtype:
@@ -58,6 +82,74 @@ def base_dtype(precision: str) -> torch.dtype:
             f"cannot be had {'here' if on_gpu else 'without a GPU'}; use {works}"
         )
     return DTYPE_OF[precision]
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """How the base will be loaded: decided before anything of it is read."""
+
+    dtype: torch.dtype  # of what is not quantized
+    placement: Placement
+    task: Task
+    classes: list[str] | None
+
+
+def plan_base(
+    config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, classes: list[str] | None = None
+) -> BasePlan:
+    """Raises UserError where the base, or what is asked of it, cannot be had. Of the model's config alone."""
+    dtype, task = base_dtype(launch.mixed_precision), TASKS[config.task_type]
+    skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
+    check_targets(skeleton, config)
+    num_embeddings = skeleton.get_input_embeddings().num_embeddings
+    why = f"its tokenizer has {len(tokenizer)} tokens, and the model embeds {num_embeddings}"
+    require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)
+    if config.packing:
+        check_packing(skeleton, config)
+    placement = choose_placement(launch, config, skeleton, num_ranks=world_size(), dtype=dtype)
+    return BasePlan(dtype, placement, task, classes)
+
+
+def prepare_training(
+    config: TrainConfig,
+    plan: BasePlan,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    folder: RunFolder,
+) -> Training:
+    """Load the base, each rank its rows, add the adapters, whole on every rank, and lay out the data. Collective."""
+    check_same_rows(data)
+    placement, started = agree(plan.placement), time.perf_counter()
+    model = load_cached_base(
+        config.model_name_or_path, cache=config.quantized_cache, quantization=config.quantization, dtype=plan.dtype,
+        device=accelerator.device, placement=placement, is_trained=partial(is_trained, config), task=plan.task,
+        classes=plan.classes,
+    )  # fmt: skip
+    base, load_s = base_bytes(model), time.perf_counter() - started
+    if plan.task.has_classes:
+        model.config.pad_token_id = tokenizer.pad_token_id  # tells a row's last token
+    model = add_adapters(model, config)
+    check_identical(model, accelerator.device)
+    micro_batches = MicroBatches(
+        data.train, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,
+        sequences=config.per_device_train_batch_size,
+        per_step=config.gradient_accumulation_steps * accelerator.num_processes,
+        pack_to=config.max_length if config.packing else None,
+        group_by_length=config.train_sampling_strategy == "group_by_length", task=plan.task,
+    )  # fmt: skip
+    return Training(
+        model, tokenizer, config, accelerator, micro_batches, data.held_out, folder, base, placement, load_s
+    )
+
+
+def check_same_rows(data: Data) -> None:
+    """Raises UserError where a rank has other rows: machines without a shared disk each read their own. Collective."""
+    ranks = gather_object([(socket.gethostname(), data.fingerprint())])
+    host, first = ranks[0]
+    for rank, (other_host, other) in enumerate(ranks):
+        same = f"is other data on rank {rank} ({other_host}) than on rank 0 ({host}); all ranks need the same"
+        require(other == first, "dataset_name", data.config.dataset_name, same)
 
 
 def start_ranks(mixed_precision: str | None = None) -> Accelerator:
@@ -73,7 +165,12 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
     ):  # ours to start, where the launcher's config names one; not accelerate's
         os.environ.pop(f"ACCELERATE_USE_{engine}", None)
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
-    accelerator = Accelerator(cpu=not on_gpu, log_with="wandb", mixed_precision=mixed_precision)
+    patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)
+    accelerator = Accelerator(
+        cpu=not on_gpu, log_with="wandb", mixed_precision=mixed_precision, kwargs_handlers=[patience]
+    )
+    if dist.is_initialized():
+        distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     asked = world_size()
     if accelerator.num_processes != asked:
         raise UserError(
@@ -169,15 +266,17 @@ def mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB"
 
 
-def wandb_config(config: TrainConfig, strategy: Strategy, accelerator: Accelerator) -> dict:
-    return {
-        "config": dataclasses.asdict(config),
+def metrics_log(run: Training, strategy: Strategy) -> MetricsLog:
+    """metrics.jsonl of the run folder, and its mirror, which is told how the run was made."""
+    made = {
+        "config": dataclasses.asdict(run.config),
         "strategy": strategy.name,
-        "world_size": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "world_size": run.accelerator.num_processes,
+        "mixed_precision": run.accelerator.mixed_precision,
         "versions": {name: version(name) for name in PACKAGES},
         "device": device_name(),
     }
+    return MetricsLog(run.folder, run.accelerator, run.config, made)
 
 
 def finish(run: Training, strategy: Strategy, measured: dict) -> None:
@@ -199,6 +298,7 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
         "all_params": total,
         "effective_batch_sequences": run.config.per_device_train_batch_size * run.micro_batches.per_step,
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes(run.accelerator.device)]),
+        "load_s": run.load_s,
         "restarts": 0,
         **measured,
     }
@@ -220,10 +320,12 @@ def closing_lines(run: Training, summary: dict) -> str:
         f" ({summary['steps']} steps)"
     ]
     if summary["eval_loss"] is not None:
-        before, after = math.exp(summary["eval_loss_base"]), math.exp(summary["eval_loss"])
-        lines.append(f"held-out perplexity: {before:.2f} base, {after:.2f} base + adapter")
+        before, after, what = summary["eval_loss_base"], summary["eval_loss"], "loss"
+        if not TASKS[run.config.task_type].has_classes:
+            before, after, what = math.exp(before), math.exp(after), "perplexity"
+        lines.append(f"held-out {what}: {before:.2f} base, {after:.2f} base + adapter")
     lines.append(f"base: {held(run)}")
     lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
-    lines += [f"{when}: {text}" for when, text in summary["samples"].items() if text]
+    lines += [f"{when}: {text}" for when, text in summary.get("samples", {}).items() if text]
     lines.append(f"run folder: {run.folder.root}")
     return "\n".join(lines)

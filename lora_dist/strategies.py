@@ -46,7 +46,7 @@ STRATEGIES = {
                  offloads="the base to host memory", refuses=ON_WHOLE_LAYERS),
         Strategy("pipeline", "each rank holds some layers, activations go from rank to rank", "pipeline",
                  "1/N of the layers", f"{GRADIENTS}, one layer's output forth and back per micro-batch",
-                 refuses=(*ON_WHOLE_LAYERS, "context_parallel_size")),
+                 refuses=(*ON_WHOLE_LAYERS, "context_parallel_size", "task_type")),
     )
 }  # fmt: skip
 

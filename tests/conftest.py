@@ -1,7 +1,10 @@
 """Shared by all tests: no network, no accelerator needed, one thread a process as on the ranks."""
 
 import os
+import tempfile
 
+_cache = tempfile.TemporaryDirectory(prefix="lora-dist-tests-")  # rows of an older encoding would pass for today's
+os.environ.update(HF_DATASETS_CACHE=_cache.name)
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.pop("WANDB_API_KEY", None)
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_dist.adapters import is_trained, trainable_parameters
 from lora_dist.base_model import load_base
-from lora_dist.data import collate
+from lora_dist.data import MicroBatch, collate
 from lora_dist.embedded import BASE_DIR
-from lora_dist.packing import keep_norms_in_fp32
+from lora_dist.freezing import keep_norms_in_fp32
+from lora_dist.rows import Rows
 from lora_dist.strategies import Placement
-from lora_dist.train import summed_loss
+from lora_dist.tasks import CAUSAL_LM
 
 CPU = torch.device("cpu")
 
@@ -61,15 +62,24 @@ def there_and_back(experts: torch.Tensor, quantization: str) -> torch.Tensor:
     return F.dequantize_4bit(codes, state)
 
 
+def rows_of(ids: list[list[int]]) -> Rows:
+    """Rows of plain text: every token is trained."""
+    return Rows.of([(row, row) for row in ids])
+
+
+def batch_of(ids: list[list[int]], pad_token_id: int = 1) -> MicroBatch:
+    return collate([{"input_ids": row, "labels": row} for row in ids], pad_token_id)
+
+
 def loss_and_gradients(model, device=CPU):
     """One training step's worth on a ragged batch, with dropout on, at a fixed seed."""
     rows = [list(range(5, 5 + n)) for n in (30, 12, 21)]
-    batch = collate(rows, pad_token_id=1).to(device)
+    batch = batch_of(rows, pad_token_id=1).to(device)
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
     logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
-    loss = summed_loss(logits, batch.labels_BT)
+    loss = CAUSAL_LM.summed_loss(logits, batch.labels_BL)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 

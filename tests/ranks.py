@@ -1,5 +1,6 @@
 """Run a function on N gloo ranks inside a test, or a recipe through its launcher."""
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -75,7 +76,9 @@ def start_rank(rank: int, *flags: str, num_ranks: int = 2, env: dict | None = No
     )
 
 
-def fork_ranks(*flags: str, num_ranks: int = 2, env: dict | None = None) -> list[tuple[int, str, str]]:
+def fork_ranks(
+    *flags: str, num_ranks: int = 2, env: dict | None = None, recipe: str = "opt_quotes"
+) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of the recipe on each rank, as `start_rank` starts it, but with the imports of the
     test process, which are most of the time. For what ends before the ranks meet."""
     import lora_dist.quantized_cache  # noqa: F401
@@ -84,7 +87,7 @@ def fork_ranks(*flags: str, num_ranks: int = 2, env: dict | None = None) -> list
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_forked_recipe, args=(rank, num_ranks, flags, env or {}, folder))
+            context.Process(target=_forked_recipe, args=(recipe, rank, num_ranks, flags, env or {}, folder))
             for rank in range(num_ranks)
         ]
         for process in ranks:
@@ -96,24 +99,25 @@ def fork_ranks(*flags: str, num_ranks: int = 2, env: dict | None = None) -> list
         return [(process.exitcode, *text) for process, text in zip(ranks, texts, strict=True)]
 
 
-def _forked_recipe(rank, num_ranks, flags, env, folder):
+def _forked_recipe(recipe, rank, num_ranks, flags, env, folder):
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{kind}", os.O_CREAT | os.O_WRONLY), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=num_ranks, LOCAL_WORLD_SIZE=num_ranks)
     os.environ.update({name: str(value) for name, value in place.items()} | env)
     sys.path.insert(0, str(ROOT / "recipes"))
-    sys.argv = ["opt_quotes.py", *flags]
-    import opt_quotes
+    sys.argv = [f"{recipe}.py", *flags]
+    module = importlib.import_module(recipe)
+    module.run_recipe(module.main, module.CONFIG, description=module.__doc__)  # ends the process
 
-    opt_quotes.run_recipe(opt_quotes.main, opt_quotes.CONFIG, description=opt_quotes.__doc__)  # ends the process
 
-
-def launch_recipe(strategy: str, *flags: str, launcher_flags: tuple = (), **kwargs) -> subprocess.CompletedProcess:
-    """`accelerate launch --config_file accelerate_configs/STRATEGY.yaml recipes/opt_quotes.py FLAGS`; must exit 0."""
+def launch_recipe(
+    strategy: str, *flags: str, launcher_flags: tuple = (), recipe: str = "opt_quotes", **kwargs
+) -> subprocess.CompletedProcess:
+    """`accelerate launch --config_file accelerate_configs/STRATEGY.yaml recipes/RECIPE.py FLAGS`; must exit 0."""
     yaml = f"accelerate_configs/{strategy}.yaml"
     done = launch(
-        "accelerate", "launch", "--config_file", yaml, *launcher_flags, "recipes/opt_quotes.py", *flags, **kwargs
+        "accelerate", "launch", "--config_file", yaml, *launcher_flags, f"recipes/{recipe}.py", *flags, **kwargs
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -1,6 +1,6 @@
 """Makes the embedded base and quotes: `python -m lora_dist.embedded.build [OUTPUT_DIR]` (about 10 minutes on 2 cores).
 
-1. quotes: 2,400 rows to train on and 200 held out, none in both, with english_quotes' columns;
+1. quotes: 2,400 rows to train on and 200 held out, none in both, with english_quotes' columns; complaints: 400 and 100;
 2. a byte-level BPE tokenizer with OPT's special tokens (`</s>` opens every text, `<pad>` is 1);
 3. a 4-layer OPT, pretrained on generated prose and saved in fp16 safetensors, as facebook/opt-* are fp16.
 
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from lora_dist.embedded.text import prose, quote
+from lora_dist.embedded.text import complaint, prose, quote
 
 SEED = 20240601
 NUM_TRAIN_QUOTES, NUM_TEST_QUOTES = 2400, 200
+NUM_TRAIN_COMPLAINTS, NUM_TEST_COMPLAINTS = 400, 100
 NUM_DOCUMENTS, NUM_STEPS, BATCH_SEQUENCES, SEQUENCE_TOKENS = 60_000, 600, 32, 256
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 60, 0.1, 0.05
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's ids: pad 1, bos and eos 2
@@ -37,6 +38,17 @@ def write_quotes(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_QUOTES]) + "\n", encoding="utf-8")
     (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_QUOTES:]) + "\n", encoding="utf-8")
+
+
+def write_complaints(folder: Path) -> None:
+    rng, rows = random.Random(SEED + 3), {}
+    while len(rows) < NUM_TRAIN_COMPLAINTS + NUM_TEST_COMPLAINTS:
+        row = complaint(rng)
+        rows.setdefault(row["Tweet text"], row)
+    lines = [json.dumps(row) for row in rows.values()]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_COMPLAINTS]) + "\n")
+    (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_COMPLAINTS:]) + "\n")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -88,6 +100,7 @@ def main(output_dir: Path) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(SEED)
     write_quotes(output_dir / "quotes")
+    write_complaints(output_dir / "complaints")
     rng = random.Random(SEED + 1)
     documents = [prose(rng) for _ in range(NUM_DOCUMENTS)]
     quote_rng = random.Random(

@@ -275,3 +275,33 @@ def quote(rng: random.Random) -> dict:
     mentioned = [c for c in CONCEPTS if re.search(rf"\b{c}\b", text.lower())]
     tags = [c.removeprefix("the ") for c in mentioned[:6]] or ["life"]
     return {"quote": f"“{text}”", "author": rng.choice(VOICES), "tags": tags}
+
+
+SHOPS = ["@TheOldMill", "@HarbourFerry", "@VillageClock", "@SaltRoadPost", "@MarketBread", "@BridgeToll", "@OrchardTea"]
+OPENERS = ["hello", "well", "so", "good morning", "hey", "dear all", "once more"]
+
+
+def complaint(rng: random.Random) -> dict:
+    """One row with the columns of RAFT's tweet complaints: half of them complain. The things are the same in both."""
+    shop, opener, time, place = rng.choice(SHOPS), rng.choice(OPENERS), rng.choice(TIMES), rng.choice(PLACES)
+    thing, other = rng.sample(THINGS, 2)
+    complains = rng.random() < 0.5
+    said = rng.choice([
+        f"my {thing} came broken and nobody answers",
+        f"I have waited for the {thing} since noon, where is it?",
+        f"you sent {a(other)} and not the {thing} that I paid for",
+        f"third time that the {thing} is late {time}",
+        f"the {thing} fell apart at {place}, I want my money back",
+        f"nobody at {place} will repair my {thing}",
+        f"why does the {thing} cost twice what you promised?",
+    ] if complains else [
+        f"my {thing} came {time} and it is lovely",
+        f"thank you for the {thing}, and for {a(other)} as well",
+        f"is the {thing} still to be had at {place}?",
+        f"I found {a(thing)} near {place} and thought of you",
+        f"the {thing} that you repaired works better than ever",
+        f"do you open {time}? I would like {a(thing)}",
+        f"everyone at {place} speaks of your {thing}",
+    ])  # fmt: skip
+    text = rng.choice([f"{shop} {opener}, {said}", f"{opener} {shop} {said}", f"{said} {shop}"])
+    return {"Tweet text": text, "Label": "complaint" if complains else "no complaint"}

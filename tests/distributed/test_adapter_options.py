@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from families import make_checkpoint
-from parity import CPU, load_sharded, load_unsharded, loss_and_gradients, randomize
+from parity import CPU, batch_of, load_sharded, load_unsharded, loss_and_gradients, randomize, rows_of
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -22,9 +22,10 @@ from lora_dist.adapters import (
 )
 from lora_dist.base_model import base_bytes, meta_model
 from lora_dist.config import UserError
-from lora_dist.data import MicroBatches, collate, load_tokenizer
+from lora_dist.data import MicroBatches
+from lora_dist.formats import load_tokenizer
 from lora_dist.run_folder import RunFolder
-from lora_dist.train import Training
+from lora_dist.step import Training
 
 # name: (family, settings, parameters that train beside lora_A and lora_B)
 OPTIONS = {
@@ -58,7 +59,7 @@ def _on_rank(rank, config, quantization, path, folder):
     if rank == 0:
         save_adapter(model, load_tokenizer("embedded"), folder / "adapter")
     dist.barrier()
-    verify_adapter(model, folder / "adapter", collate([[2, 5, 6, 7]], 1), trained=True)
+    verify_adapter(model, folder / "adapter", batch_of([[2, 5, 6, 7]]), trained=True)
     return fresh, outcome
 
 
@@ -100,9 +101,10 @@ def test_modules_that_cannot_be_trained_whole_are_refused(config, tmp_path, fami
 
 
 def _learning_rates_on_rank(rank, config, folder):
-    model = add_adapters(load_sharded("int8"), config)
-    batches = MicroBatches([[1, 2]], pad_token_id=0, seed=0, sequences=1, per_step=1)
-    run = Training(model, None, config, Accelerator(cpu=True), batches, [], RunFolder(folder), base_bytes(model))
+    model = load_sharded("int8")
+    base, model = base_bytes(model), add_adapters(model, config)
+    batches = MicroBatches(rows_of([[1, 2]]), pad_token_id=0, seed=0, sequences=1, per_step=1)
+    run = Training(model, None, config, Accelerator(cpu=True), batches, rows_of([]), RunFolder(folder), base)
     lr_of = {id(param): group["initial_lr"] for group in run.optimizer.param_groups for param in group["params"]}
     return {name: lr_of[id(param)] for name, param in trainable_parameters(model).items()}
 

@@ -13,9 +13,10 @@ from lora_dist.adapters import fingerprint, trainable_parameters
 from lora_dist.base_model import meta_model
 from lora_dist.config import UserError
 from lora_dist.context_parallel import FAMILIES, check_context_parallel
+from lora_dist.evaluation import evaluate
 from lora_dist.sharding import decoder_layers
+from lora_dist.step import train_step
 from lora_dist.strategies import Placement
-from lora_dist.train import evaluate, train_step
 
 
 def _train_on_rank(rank, config, path, placement):
@@ -55,6 +56,19 @@ def test_two_ranks_on_each_row_train_as_one(config, tmp_path, monkeypatch, famil
     path = make_checkpoint(family, tmp_path)
     (whole,) = run_ranks(_train_on_rank, 1, config, path, Placement())
     assert all(p.any() for p in whole[2].values())
+    assert_close(run_ranks(_train_on_rank, 2, config, path, Placement(2, context_ranks=2)), whole, 1e-4, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_packed_rows_are_shared_too(config, tmp_path, monkeypatch, family):
+    """Documents that lie across two ranks' pieces, and positions that begin again within one."""
+    config = dataclasses.replace(
+        config, packing=True, max_length=50, learning_rate=1e-4, warmup_steps=0, lora_dropout=0.0
+    )
+    if family == "opt":
+        monkeypatch.setattr(CONFIGS["opt"], "dropout", 0.0)
+    path = make_checkpoint(family, tmp_path)
+    (whole,) = run_ranks(_train_on_rank, 1, config, path, Placement())
     assert_close(run_ranks(_train_on_rank, 2, config, path, Placement(2, context_ranks=2)), whole, 1e-4, 2)
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import make_checkpoint
-from parity import load_sharded, load_unsharded, loss_and_gradients, randomize
+from parity import batch_of, load_sharded, load_unsharded, loss_and_gradients, randomize
 from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
 from lora_dist.base_model import base_bytes
-from lora_dist.data import collate, load_tokenizer
+from lora_dist.formats import load_tokenizer
 from lora_dist.quantization import KIND_OF, FrozenLinear, as_floats, packed_weights
 from lora_dist.sharding import decoder_layers, gathered_bytes, release, sharded_modules
 
@@ -108,7 +108,7 @@ def _save_on_rank(rank, config, quantization, folder):
     if rank == 0:
         save_adapter(model, load_tokenizer("embedded"), folder)
     dist.barrier()
-    verify_adapter(model, folder, collate([[2, 5, 6, 7]], 1), trained=True)  # a live base, sharded
+    verify_adapter(model, folder, batch_of([[2, 5, 6, 7]]), trained=True)  # a live base, sharded
     return _probe_logits(model)
 
 

@@ -5,16 +5,15 @@ import dataclasses
 import pytest
 import torch
 from families import make_checkpoint
-from parity import load_placed, load_unsharded
+from parity import batch_of, load_placed, load_unsharded
 from ranks import run_ranks
 from test_engines import G, make_run
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from lora_dist.adapters import add_adapters, trainable_parameters
-from lora_dist.data import collate
+from lora_dist.step import train_step
 from lora_dist.strategies import Placement
-from lora_dist.train import train_step
 
 STEPS = 4
 # Trainer adds the micro-batches' gradients one after another and we along a tree: fp32's rounding, and AdamW's step,
@@ -31,7 +30,8 @@ def _ours_on_rank(rank, config, path, placement):
     run = make_run(config, load_placed(placement, config.quantization, torch.float32, path), placement)
     run.model.train()
     steps = [train_step(run, step) for step in range(STEPS)]
-    rows = [run.micro_batches.rows[i] for s in range(STEPS) for m in range(G) for i in run.micro_batches.row_ids(s, m)]
+    places = [i for s in range(STEPS) for m in range(G) for (i,) in run.micro_batches.row_ids(s, m)]
+    rows = [run.micro_batches.rows[i]["input_ids"].tolist() for i in places]
     adapter = {name: param.detach().clone() for name, param in trainable_parameters(run.model).items()}
     return [(s.loss, s.grad_norm) for s in steps], adapter, rows
 
@@ -48,8 +48,8 @@ def _trainer_on_rank(rank, config, path, rows, folder):
     )  # fmt: skip
 
     def as_batch(examples):
-        batch = collate([example["row"] for example in examples], pad_token_id=1)
-        return {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "labels": batch.labels_BT}
+        batch = batch_of([example["row"] for example in examples])
+        return {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "labels": batch.labels_BL}
 
     dataset = [{"row": row} for row in rows]
     trainer = InOrder(model=model, args=arguments, train_dataset=dataset, data_collator=as_batch)

@@ -54,10 +54,14 @@ CASES = {
     "broken data": (
         lambda t: ["--dataset_name", write(t / "d.jsonl", '{"quote": "a"}\n{"quo')],
         {},
-        ["--dataset_name", "d.jsonl", "cannot be loaded", "JSON parse error"],
+        ["--dataset_name", "d.jsonl", "cannot be loaded", "line 2: "],
     ),
     "column": (lambda t: ["--dataset_text_field", "txt"], {}, ["--dataset_text_field txt", "quote, author, tags"]),
-    "column of lists": (lambda t: ["--dataset_text_field", "tags"], {}, ["--dataset_text_field tags", "text"]),
+    "column of lists": (
+        lambda t: ["--dataset_text_field", "tags"],
+        {},
+        ["--dataset_name embedded: row 1: tags holds a list, not text"],
+    ),
     "target module": (
         lambda t: ["--lora_target_modules", "q_proj", "query"],
         {},

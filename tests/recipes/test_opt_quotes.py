@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from parity import load_sharded
+from parity import batch_of, load_sharded
 from peft import AutoPeftModelForCausalLM, PeftModel
 from ranks import launch, launch_recipe, start_rank
 from safetensors.torch import load_file, save_file
@@ -102,7 +102,7 @@ def test_wandb_has_one_offline_run_with_every_step(int8_run):
     assert any("exit" in r for r in records)
 
 
-@pytest.mark.parametrize("signalled_rank", [0, 1])
+@pytest.mark.parametrize("signalled_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_after_a_step(signalled_rank, tmp_path):
     folder = RunFolder(tmp_path / "run")
     ranks = [start_rank(rank, "--output_dir", str(folder.root), "--report_to", "none") for rank in range(2)]
@@ -173,19 +173,20 @@ def test_plain_peft_loads_the_adapter_to_the_logits_of_training(tmp_path):
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
 
     # The held-out loss that training measured at its end is the loss of that model.
-    from lora_dist.data import collate, load_texts, tokenize
-    from lora_dist.train import summed_loss
+    from lora_dist.data import collate
+    from lora_dist.rows import prepare_rows
+    from lora_dist.tasks import CAUSAL_LM
 
     config = parse_config(parse_config.__globals__["TrainConfig"](), ["--config", str(folder.config)])
     tokenizer = AutoTokenizer.from_pretrained(folder.adapter)
-    rows = sorted(tokenize(load_texts(config)[1], tokenizer, 64), key=len)
+    rows = sorted(prepare_rows(config, tokenizer).held_out, key=lambda row: len(row["input_ids"]))
     loss = num_tokens = 0
     with torch.no_grad():
         for start in range(0, len(rows), 8):
             batch = collate(rows[start : start + 8], tokenizer.pad_token_id)
             logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-            loss += summed_loss(logits, batch.labels_BT).item()
-            num_tokens += batch.num_trained_tokens
+            loss += CAUSAL_LM.summed_loss(logits, batch.labels_BL).item()
+            num_tokens += batch.num_trained
     measured = json.loads(folder.state.read_text())["summary"]["eval_loss"]
     assert loss / num_tokens == pytest.approx(measured, abs=1e-6)
 
@@ -202,10 +203,10 @@ def test_generate_completes_a_prompt(int8_run):
 def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):
     """The program's own check after a save, on adapters that were damaged in four ways."""
     from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
-    from lora_dist.data import collate, load_tokenizer
+    from lora_dist.formats import load_tokenizer
 
     base = load_sharded("int8")
-    model, probe = add_adapters(base, config), collate([[2, 5, 6, 7, 8]], 1)
+    model, probe = add_adapters(base, config), batch_of([[2, 5, 6, 7, 8]])
     folder = tmp_path / "adapter"
     save_adapter(model, load_tokenizer("embedded"), folder)
     verify_adapter(model, folder, probe, trained=False)

@@ -7,7 +7,9 @@ import pytest
 from ranks import BIN, ROOT, launch, launch_recipe, start_rank
 
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches, load_texts, load_tokenizer, tokenize
+from lora_dist.data import MicroBatches
+from lora_dist.formats import load_tokenizer
+from lora_dist.rows import prepare_rows
 from lora_dist.strategies import STRATEGIES
 
 STEPS = 4
@@ -72,12 +74,13 @@ def test_each_config_trains_the_same_adapter(strategy, single, tmp_path):
 
 
 def test_the_effective_batch_is_the_rows_that_were_seen(single):
-    config = TrainConfig(model_name_or_path="embedded", dataset_name="embedded", dataset_text_field="quote")
-    rows = tokenize(load_texts(config)[0], load_tokenizer("embedded"), 64)
+    embedded = {"model_name_or_path": "embedded", "dataset_name": "embedded", "dataset_text_field": "quote"}
+    config = TrainConfig(**embedded, max_length=64)
+    rows = prepare_rows(config, load_tokenizer("embedded")).train
     batches = MicroBatches(rows, pad_token_id=1, seed=config.seed, sequences=2, per_step=4)
-    ids = [i for step in range(STEPS) for index in range(4) for i in batches.row_ids(step, index)]
+    ids = [i for step in range(STEPS) for index in range(4) for (i,) in batches.row_ids(step, index)]
     assert len(ids) == STEPS * 8
-    assert single[2]["tokens_seen"] == sum(len(rows[i]) for i in ids)
+    assert single[2]["tokens_seen"] == sum(rows.lengths[i] for i in ids)
 
 
 # id: (command, strategy, accumulation)
@@ -152,7 +155,9 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[] if what == "a setting" else [pytest.mark.slow]) for what in DIFFERENT]
+)
 def test_ranks_that_differ_are_refused_naming_both(what, tmp_path):
     flags, env, expected = DIFFERENT[what]
     if what == "a package":  # found before the installed one

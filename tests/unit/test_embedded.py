@@ -6,7 +6,7 @@ import statistics
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dist.embedded import BASE_DIR, QUOTES_DIR, build
+from lora_dist.embedded import BASE_DIR, COMPLAINTS_DIR, QUOTES_DIR, build
 from lora_dist.embedded.text import prose, quote
 
 
@@ -55,3 +55,11 @@ def test_the_base_is_a_real_opt_with_opts_special_tokens():
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2, 2)
     assert tokenizer("a")["input_ids"][0] == 2
     assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_complaints_are_what_the_script_writes(tmp_path):
+    build.write_complaints(tmp_path)
+    for split in ("train", "test"):
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (COMPLAINTS_DIR / f"{split}.jsonl").read_bytes()
+        rows = [json.loads(line) for line in (COMPLAINTS_DIR / f"{split}.jsonl").read_text().splitlines()]
+        assert 0.4 < statistics.mean(row["Label"] == "complaint" for row in rows) < 0.6

@@ -8,9 +8,10 @@ import yaml
 from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-ORDER = """__init__ embedded preemption config deepspeed_config strategies data context_parallel manifest weights
-    quantization serialization sharding zero packing reduction pipeline base_model quantized_cache placement adapters
-    run_folder metrics report train session cli""".split()
+ORDER = """__init__ embedded preemption config deepspeed_config strategies sources tasks formats labels rows
+    packing data context_parallel manifest weights quantization serialization sharding zero freezing
+    reduction pipeline base_model quantized_cache placement adapters run_folder metrics scores report step evaluation
+    train session cli""".split()
 
 
 def test_modules_import_only_earlier_ones():

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lora_dist.adapters import add_adapters, linear_names, parameter_counts
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.packing import pack_model
+from lora_dist.freezing import pack_model
 from lora_dist.quantization import KIND_OF, FrozenLinear, as_integers, make_frozen_linear, packed_weights
 
 OPT_6_7B = OPTConfig(

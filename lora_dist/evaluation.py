@@ -1,0 +1,101 @@
+"""The held-out rows, shared among the ranks: loss, predictions; and completions, in lockstep."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from lora_dist.data import MicroBatch, collate, model_inputs
+from lora_dist.reduction import block
+from lora_dist.sharding import release
+from lora_dist.step import Training, data_share, forward_loss
+
+
+@torch.no_grad()
+def over_held_out(run: Training, measure: Callable[[int, MicroBatch], torch.Tensor], width: int) -> torch.Tensor:
+    """`measure(place, batch)` of each batch of held-out rows: float64 (batches, places, width), on the CPU. Collective.
+
+    Each is measured by one rank, or where ranks share rows by one in each place of a group; all learn all, exactly.
+    """
+    device, share = run.accelerator.device, data_share(run)
+    batches, mine = held_out_batches(run), block(len(held_out_batches(run)), share.num_groups, share.group)
+    found = torch.zeros(len(batches), share.num_pieces, width, dtype=torch.float64, device=device)
+    run.model.eval()
+    for turn in range(-(-len(batches) // share.num_groups)):
+        index = mine[turn] if turn < len(mine) else 0  # a spare forward, thrown away, keeps the gathers matched
+        rows = [run.eval_rows[i] for i in batches[index]]
+        batch = collate(rows, run.micro_batches.pad_token_id, run.micro_batches.task).to(device)
+        measured = measure(share.piece, batch)
+        if turn < len(mine):
+            found[index, share.piece, : len(measured)] = measured.double()
+    run.model.train()
+    release(run.model)
+    if share.num_groups * share.num_pieces > 1:
+        dist.all_reduce(found)  # each entry is zero on all ranks but one: exact in any order
+    return found.cpu()
+
+
+def held_out_batches(run: Training) -> list[list[int]]:
+    """The held-out rows, those of a length together: little padding."""
+    size, order = (
+        run.config.per_device_eval_batch_size,
+        sorted(range(len(run.eval_rows)), key=run.eval_rows.lengths.item),
+    )
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def evaluate(run: Training) -> float:
+    """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
+
+    def loss_and_count(piece: int, batch: MicroBatch) -> torch.Tensor:
+        return torch.tensor([forward_loss(run, batch).item(), 0 if piece else batch.num_trained], dtype=torch.float64)
+
+    loss, num_trained = over_held_out(run, loss_and_count, 2).sum((0, 1)).tolist()
+    return loss / num_trained
+
+
+def predict(run: Training) -> torch.Tensor:
+    """What the model makes of each held-out row, in their order: float32 (rows, ...). Collective.
+
+    Of SEQ_CLS the logits of the classes. Of the others 1 where the highest logit is the label at every trained token,
+    so where greedy decoding would give exactly the completion; else 0.
+    """
+    task, classes = run.micro_batches.task, run.model.config.num_labels
+    width = classes if task.name == "SEQ_CLS" else 1
+
+    def judge(piece: int, batch: MicroBatch) -> torch.Tensor:
+        with run.accelerator.autocast():
+            logits = run.model(**model_inputs(run.model, batch), use_cache=False).logits
+        of_rows = logits.float() if task.name == "SEQ_CLS" else task.exact(logits, batch.labels_BL).float()[:, None]
+        return of_rows.flatten()
+
+    batches = held_out_batches(run)
+    found = over_held_out(run, judge, width * run.config.per_device_eval_batch_size)[:, 0]
+    predictions = torch.empty(len(run.eval_rows), width)
+    for rows, of_batch in zip(batches, found, strict=True):
+        predictions[rows] = of_batch.view(-1, width)[: len(rows)].float()
+    return predictions
+
+
+def held_out_labels(run: Training) -> torch.Tensor:
+    """The labels of SEQ_CLS's held-out rows, in their order: int64 (rows, labels)."""
+    return torch.stack([torch.as_tensor(row["labels"]) for row in run.eval_rows])
+
+
+@torch.no_grad()
+def complete(run: Training, prompt: str, max_new_tokens: int = 48) -> str:
+    """Greedy completion of `prompt`, "" for "". Collective: every rank generates the same tokens in lockstep."""
+    if not prompt:
+        return ""
+    # The space that ends a prompt belongs to the next word's token: leave it to the model.
+    inputs = run.tokenizer(prompt.rstrip(), return_tensors="pt").to(run.accelerator.device)
+    run.model.eval()
+    with run.accelerator.autocast():
+        out = run.model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+            max_new_tokens=max_new_tokens, use_cache=not run.pipeline,
+            pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
+        )  # fmt: skip
+    run.model.train()
+    release(run.model)
+    return run.tokenizer.decode(out[0], skip_special_tokens=True)
