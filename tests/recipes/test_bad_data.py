@@ -1,0 +1,285 @@
+"""Bad data: exit code 2 on every rank and one line that names it, before a model is loaded; or handled and reported."""
+
+import json
+
+import datasets
+import pytest
+from ranks import fork_ranks, launch
+from transformers import AutoTokenizer
+
+from lora_dist.embedded import BASE_DIR
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def lines(*rows) -> bytes:
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def saved(folder, table, features=None):
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(folder / "data")
+    return str(folder / "data")
+
+
+def no_rows(folder):
+    datasets.Dataset.from_dict({"text": ["a"]}).select([]).to_parquet(folder / "none.parquet")
+    return str(folder / "none.parquet")
+
+
+CLASSES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+TOKEN_CLS = ["--task_type", "TOKEN_CLS", "--dataset_label_field", "tags"]
+SEQ_CLS = ["--task_type", "SEQ_CLS", "--dataset_label_field", "label"]
+
+# id: (file name, or None for a function of the folder), (its bytes, or the function), flags, what the line must hold
+CASES = {
+    "truncated line": ("d.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"te', [], ["d.jsonl", "line 3: ", "character"]),
+    "broken line in the middle": ("d.jsonl", b'{"text": "a"}\n{"text" "b"}\n', [], ["line 2: Expecting ':'"]),
+    "raw NUL byte": ("d.jsonl", b'{"text": "a"}\n{"text": "b\0"}\n', [], ["line 2: ", "control character"]),
+    "not UTF-8": ("d.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', [], ["line 2: byte 0xe9 is not UTF-8"]),
+    "csv not UTF-8": ("d.csv", b"text\nok\ncaf\xe9\n", [], ["line 3: byte 0xe9 is not UTF-8"]),
+    "lines that are no objects": ("d.jsonl", b'"a"\n"b"\n', [], ["line 1: holds a str, not an object"]),
+    "csv with a field too many": ("d.csv", b"text,id\na,1\nb,2,3\n", [], ["cannot be loaded", "line 3"]),
+    "no parquet": ("d.parquet", b"PAR1 and nothing", [], ["cannot be loaded", "arquet"]),
+    "empty file": ("d.jsonl", b"", [], ["d.jsonl: is an empty file"]),
+    "rows without text": (
+        "d.jsonl",
+        lines({"text": ""}, {"text": None}, {"text": " "}),
+        [],
+        ["3 of 3 train examples are empty"],
+    ),
+    "mixed schemas": ("d.jsonl", lines({"text": "a"}, {"text": 3}), [], ["row 2: text holds a int, not text"]),
+    "no known columns": (
+        "d.jsonl",
+        lines({"quote": "a"}),
+        [],
+        ["has quote", "--dataset_text_field", "--rename_columns"],
+    ),
+    "wrong column": (
+        "d.jsonl",
+        lines({"quote": "a"}),
+        ["--dataset_text_field", "q"],
+        ["--dataset_text_field q", "has quote"],
+    ),
+    "half a format": (
+        "d.jsonl",
+        lines({"prompt": "a"}),
+        ["--dataset_format", "prompt_completion"],
+        ["needs prompt and completion"],
+    ),
+    "rename of nothing": (
+        "d.jsonl",
+        lines({"a": "a"}),
+        ["--rename_columns", "b=text"],
+        ["--rename_columns b=text", "no column b"],
+    ),
+    "rename onto another": (
+        "d.jsonl",
+        lines({"a": "a", "text": "b"}),
+        ["--rename_columns", "a=text"],
+        ["a=text", "text is taken"],
+    ),
+    "rename without =": ("d.jsonl", lines({"a": "a"}), ["--rename_columns", "a"], ["--rename_columns a", "OLD=NEW"]),
+    "chat without a template": (
+        "d.jsonl",
+        lines({"messages": CHAT}),
+        [],
+        ["has no chat template; give --chat_template"],
+    ),
+    "no template file": (
+        "d.jsonl",
+        lines({"messages": CHAT}),
+        ["--chat_template", "no.jinja"],
+        ["no.jinja: cannot be read"],
+    ),
+    "messages without roles": (
+        "d.jsonl",
+        lines({"messages": CHAT}, {"messages": [{"text": "hi"}]}),
+        ["--chat_template", "TEMPLATE"],
+        ["row 2: message 1 of messages needs a role"],
+    ),
+    "a chat that the template refuses": (
+        "d.jsonl",
+        lines({"messages": CHAT}, {"messages": CHAT[1:]}),
+        ["--chat_template", "TEMPLATE"],
+        ["row 2: the chat template refuses it: begin with the user"],
+    ),
+    "chats without answers": (
+        "d.jsonl",
+        lines({"messages": CHAT[:1]}),
+        ["--chat_template", "TEMPLATE"],
+        ["1 of 1 train examples have no token to train"],
+    ),
+    "completions that are cut off": (
+        "d.jsonl",
+        lines({"prompt": "word " * 90, "completion": "b"}),
+        ["--max_length", "32"],
+        ["no token to train on"],
+    ),
+    "all too long": (
+        "d.jsonl",
+        lines({"text": "word " * 90}),
+        ["--max_length", "32", "--overlong_rows", "drop"],
+        ["no text to train on", "longer than --max_length 32: left out"],
+    ),
+    "no examples": (None, no_rows, [], ["none.parquet: holds no examples"]),
+    "no saved examples": (None, lambda t: saved(t, {"text": []}), [], ["data: holds no examples"]),
+    "no such split": (
+        None,
+        lambda t: saved(t, {"text": ["a"]}),
+        ["--dataset_train_split", "all"],
+        ["no such split", "train"],
+    ),
+    "no such test split": (
+        None,
+        lambda t: saved(t, {"text": ["a"]}),
+        ["--dataset_test_split", "dev"],
+        ["--dataset_test_split dev"],
+    ),
+    "what strict does not let pass": (
+        "d.jsonl",
+        lines(*[{"text": "a"}] * 3),
+        ["--strict", "true"],
+        ["--strict True", "2 of 3 train examples repeat"],
+    ),
+    "classes outside their range": (
+        None,
+        lambda t: saved(t, {"text": ["a", "b"], "label": [0, 1]}, CLASSES),
+        SEQ_CLS,
+        ["row 2", "label is 7", "0 to 1"],
+    ),
+    "one class": (
+        "d.jsonl",
+        lines(*[{"text": "a", "label": "x"}] * 3),
+        SEQ_CLS,
+        ["--dataset_label_field label", "one class, x"],
+    ),
+    "no column of classes": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        SEQ_CLS,
+        ["--dataset_label_field label", "no such column"],
+    ),
+    "classes nowhere": ("d.jsonl", lines({"text": "a"}), SEQ_CLS[:2], ["needs --dataset_label_field"]),
+    "words without as many classes": (
+        "d.jsonl",
+        lines({"text": ["a", "b"], "tags": ["x"]}, {"text": ["a"], "tags": ["y"]}),
+        TOKEN_CLS,
+        ["row 1: needs a list of words and as many classes"],
+    ),
+    "classes of a causal model": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        ["--num_labels", "3"],
+        ["--num_labels 3", "no effect"],
+    ),
+    "a target for texts": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        ["--task_type", "SEQ_2_SEQ_LM", "--packing", "false"],
+        ["needs a prompt and a completion"],
+    ),
+    "a stream without its end": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        ["--streaming", "true"],
+        ["--streaming True", "--max_steps"],
+    ),
+    "a stream with a share to hold out": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        ["--streaming", "true", "--max_steps", "30"],
+        ["--streaming True", "--eval_fraction 0"],
+    ),
+    "a stream that breaks": (
+        "d.jsonl",
+        b'{"text": "a"}\n{"te',
+        ["--streaming", "true", "--max_steps", "30", "--eval_fraction", "0"],
+        ["line 2: "],
+    ),
+    "no length": ("d.jsonl", lines({"text": "a"}), ["--max_length", "1"], ["--max_length 1", "2 or more"]),
+    "packed and grouped": (
+        "d.jsonl",
+        lines({"text": "a"}),
+        ["--train_sampling_strategy", "group_by_length"],
+        ["has no effect with --packing"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
+    name, content, flags, expected = CASES[case]
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    data = content(tmp_path) if name is None else str(tmp_path / name)
+    if name:
+        (tmp_path / name).write_bytes(content)
+    if case == "classes outside their range":  # which datasets checks when it makes them, and not when it reads them
+        monkeypatch.setattr("lora_dist.sources.datasets.load_from_disk", _with_class_7)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    flags = [str(template) if flag == "TEMPLATE" else flag for flag in flags]
+    if "--task_type" in flags:
+        flags += ["--packing", "false"]
+    before = sorted(tmp_path.iterdir())
+    run = ("--dataset_name", data, "--output_dir", str(tmp_path / "run"), "--model_name_or_path", "embedded")
+    ended = fork_ranks(*run, *flags, recipe="sft")
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    (_, out, err), (_, *other) = ended
+    assert (out, other) == ("", ["", ""])
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for words in expected:
+        assert words in err
+    assert sorted(path for path in tmp_path.iterdir() if path != cache) == before
+    if "--strict" not in flags:  # which looks at whole rows
+        assert not list(cache.glob("lora-dist-rows/*/report.json"))  # nothing half-written that is taken for whole
+
+
+def _with_class_7(path):
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 7]})
+    table.info.features = table._info.features = CLASSES
+    return datasets.DatasetDict({"train": table})
+
+
+def test_a_row_of_ten_megabytes_and_nul_characters_are_handled_and_reported(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(lines({"text": "word " * 2_000_000}, {"text": "a \0 b"}, {"text": "x" * 50_000}, {"text": "fine"}))
+    flags = ("--eval_fraction", "0", "--max_length", "128", "--overlong_rows", "split", "--json")
+    done = launch("lora-dist", "doctor", "--data", str(file), *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["counts"]["train"]["overlong"] == 2 and report["counts"]["train"]["odd"] == 1
+    assert report["counts"]["train"]["tokens"] > 2_000_000
+    assert any("NUL" in line for line in report["warnings"])
+
+
+@pytest.mark.parametrize("missing, code", [("pad_token", 0), ("eos_token", 2)])
+def test_a_tokenizer_without_pad_or_eos(tmp_path, missing, code):
+    """Without pad, eos serves; without eos a text has no end."""
+    (tmp_path / "d.jsonl").write_bytes(lines({"text": "a"}, {"text": "b"}))
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    setattr(tokenizer, missing, None)
+    tokenizer.save_pretrained(tmp_path / missing)
+    flags = ("--eval_fraction", "0", "--model_name_or_path", str(tmp_path / missing))
+    done = launch("lora-dist", "doctor", "--data", str(tmp_path / "d.jsonl"), *flags)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.endswith("eos_token: its tokenizer has no eos token\n") and done.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
+    import shutil
+
+    shutil.copytree(BASE_DIR, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "d.jsonl").write_bytes(lines({"text": "a"}))
+    flags = ("--dataset_name", str(tmp_path / "d.jsonl"), "--output_dir", str(tmp_path / "run"))
+    ended = fork_ranks(*flags, "--model_name_or_path", str(tmp_path / "base"), recipe="sft")
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "its tokenizer has 1787 tokens, and the model embeds 1786" in ended[0][2]

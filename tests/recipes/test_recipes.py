@@ -1,0 +1,92 @@
+"""Each further recipe through `accelerate launch` on 2 ranks, sharded, few steps; opt_quotes.py has its own tests."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from ranks import launch, launch_recipe
+from transformers import AutoTokenizer
+
+# recipe: (flags, what it prints, metrics of its own)
+RECIPES = {
+    "sft": (["--max_steps", "6"], ["= 8 sequences a step", "held-out perplexity: 15.02 base"], []),
+    "bloomz_complaints": (
+        ["--max_steps", "40"],
+        ["embedded/complaints (prompt_completion)", "accuracy: 0.00 base"],
+        ["accuracy"],
+    ),
+    "quotes_tags": (["--max_steps", "8"], ["classes: hope, kindness, love", "micro F1: "], ["micro_f1", "macro_f1"]),
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def run(request, tmp_path_factory):
+    """(recipe, folder, what it printed)"""
+    flags, *_ = RECIPES[request.param]
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    flags = [*flags, "--warmup_steps", "2", "--report_to", "none", "--output_dir", str(folder)]
+    done = launch_recipe("fsdp", *flags, recipe=request.param)
+    return request.param, folder, done.stdout
+
+
+def test_it_trains_sharded_and_scores(run):
+    recipe, folder, printed = run
+    _, expected, scores = RECIPES[recipe]
+    state = json.loads((folder / "state.json").read_text())
+    summary = state["summary"]
+    assert state["status"] == "completed" and summary["world_size"] == 2 and summary["strategy"] == "fsdp"
+    assert summary["base_bytes_per_rank"] < 0.51 * summary["base_bytes_total"]
+    assert summary["eval_loss"] < summary["eval_loss_base"]
+    assert all(words in printed for words in expected), printed
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for score in scores:
+        assert 0 <= summary[f"{score}_base"] <= 1 and 0 <= summary[score] <= 1
+        assert metrics[-1][f"eval/{score}"] == summary[score]
+    padding = [m["perf/padding_fraction"] for m in metrics if "perf/padding_fraction" in m]
+    if recipe != "bloomz_complaints":  # packed, or grouped by length
+        assert sum(padding) / len(padding) < 0.12
+    if recipe == "bloomz_complaints":
+        assert summary["accuracy"] > 0.3  # at the least it writes one of the two labels
+
+
+def test_what_it_saves_loads_in_plain_peft(run):
+    recipe, folder, _ = run
+    if recipe != "quotes_tags":
+        prompt = "Tweet text : @SaltRoadPost my lamp came broken and nobody answers Label :"
+        done = launch("lora-dist", "generate", "--adapter", str(folder / "adapter"), "--max_new_tokens", "3", prompt)
+        assert done.returncode == 0 and done.stdout.startswith(prompt), done.stderr
+        return
+    names = json.loads((folder / "adapter" / "labels.json").read_text())
+    assert names == ["hope", "kindness", "love", "memory", "patience", "pride", "silence", "winter"]
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=len(names))
+    assert model.base_model.model.score.modules_to_save["default"].weight.any()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    with torch.no_grad():
+        logits = model(**tokenizer("“Hope keeps the door on the latch.”", return_tensors="pt")).logits
+    assert logits.shape == (1, 8) and logits.isfinite().all()
+
+
+def test_packing_through_the_launcher(tmp_path):
+    """The flag: one adapter on 2 ranks, sharded, and on one, from a stream, where one window holds all rows."""
+    common = [
+        "--max_steps",
+        "3",
+        "--warmup_steps",
+        "1",
+        "--max_length",
+        "128",
+        "--report_to",
+        "none",
+        "--packing",
+        "true",
+    ]
+    launches = {
+        "two": ("fsdp", ["--gradient_accumulation_steps", "2"]),
+        "stream": ("single", ["--gradient_accumulation_steps", "4", "--streaming", "true"]),
+    }
+    adapters = {}
+    for name, (strategy, flags) in launches.items():
+        launch_recipe(strategy, *common, *flags, "--output_dir", str(tmp_path / name), recipe="sft")
+        adapters[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert adapters["two"] == adapters["stream"]
