@@ -18,7 +18,8 @@ def over_held_out(run: Training, measure: Callable[[int, MicroBatch], torch.Tens
     Each is measured by one rank, or where ranks share rows by one in each place of a group; all learn all, exactly.
     """
     device, share = run.accelerator.device, data_share(run)
-    batches, mine = held_out_batches(run), block(len(held_out_batches(run)), share.num_groups, share.group)
+    batches = held_out_batches(run)
+    mine = block(len(batches), share.num_groups, share.group)
     found = torch.zeros(len(batches), share.num_pieces, width, dtype=torch.float64, device=device)
     run.model.eval()
     for turn in range(-(-len(batches) // share.num_groups)):

@@ -53,7 +53,7 @@ def _assert_equal_to_one_process(config, quantization, num_ranks, path, dtype=to
     [
         ("int8", 3),
         ("nf4", 3),
-        ("none", 3),
+        pytest.param("none", 3, marks=pytest.mark.slow),
         pytest.param("nf4_plain", 3, marks=pytest.mark.slow),
         pytest.param("int8", 2, marks=pytest.mark.slow),
         pytest.param("nf4", 2, marks=pytest.mark.slow),

@@ -24,6 +24,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_quantize_then_train_on_it(tmp_path):
     quantize = ("-m", "lora_dist.cli", "quantize", "embedded", "--quantization", "nf4", "--output_dir")
     for command, name in ((("torchrun", "--nproc_per_node", "2"), "by two"), (("python",), "by one")):

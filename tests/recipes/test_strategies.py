@@ -46,7 +46,13 @@ def single(tmp_path_factory):
     return trained(folder)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# Their placement is among those of tests/distributed/test_same_bytes.py, which is fast.
+OFFLOADED = ("fsdp_offload", "zero3_offload")
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.slow] if name in OFFLOADED else []) for name in STRATEGIES]
+)
 def test_each_config_trains_the_same_adapter(strategy, single, tmp_path):
     row = STRATEGIES[strategy]
     if strategy == "single":

@@ -70,6 +70,13 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
         ("zero3_offload", {"modules_to_save": ["lm_head"]}, "--modules_to_save .* cannot be had under zero3_offload"),
         ("pipeline", {"lora_bias": "all"}, "--lora_bias all: cannot be had under pipeline; use fsdp"),
         ("pipeline", {"context_parallel_size": 2}, "--context_parallel_size 2: cannot be had under pipeline"),
+        ("pipeline", {"task_type": "SEQ_2_SEQ_LM"}, "--task_type SEQ_2_SEQ_LM: cannot be had under pipeline; use fsdp"),
+        ("zero3", {"task_type": "SEQ_CLS"}, "--task_type SEQ_CLS: cannot be had under zero3; use fsdp"),
+        (
+            "ddp",
+            {"task_type": "SEQ_CLS", "context_parallel_size": 2},
+            "--context_parallel_size 2: cannot be had with --task_type SEQ_CLS",
+        ),
         ("ddp", {"context_parallel_size": 3}, "--context_parallel_size 3: must divide the 8 ranks"),
         ("pipeline", {}, "num_processes: 8: the model has 4 layers"),
         ("fsdp", {"resident_layers": "4"}, "--resident_layers 4: the model has 4 layers"),
