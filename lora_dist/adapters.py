@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import shutil
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.config import RunFailed, TrainConfig, UserError, require
 from lora_dist.data import MicroBatch, model_inputs
 from lora_dist.manifest import write_whole
 from lora_dist.quantization import FrozenLinear, packed_weights
@@ -130,26 +129,23 @@ def check_identical(model: nn.Module, device: torch.device) -> str:
     return own.hex()
 
 
-def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
-    """Write the adapter in PEFT's format, with the tokenizer: the folder is whole, or not there. Rank 0 only."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+def save_adapter(model: PeftModel, tokenizer, folder: Path, params: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer. Rank 0 only.
+
+    `params`: the trainable parameters by name, where it is not those in the model.
+    """
+    # No embedding is trained unasked; left to find that out, PEFT would ask the hub for the base's vocabulary.
+    model.save_pretrained(folder, state_dict=params, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
     if TASKS[model.peft_config["default"].task_type].has_classes:  # PEFT does not keep the base's config
-        write_whole(partial / "labels.json", json.dumps(list(model.config.id2label.values())) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        write_whole(folder / "labels.json", json.dumps(list(model.config.id2label.values())) + "\n")
 
 
-def verify_adapter(
-    model: PeftModel, folder: Path, probe: MicroBatch, *, trained: bool, autocast=contextlib.nullcontext
-) -> None:
+def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, autocast=contextlib.nullcontext) -> None:
     """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: it runs the base.
 
     Checks that no key is missing or extra, that every tensor has the bytes in memory, that `lora_B` is not all zero
-    once `trained`, and that PEFT, loading the folder beside the live adapter, computes the same logits.
+    (RunFailed), and that PEFT, loading the folder beside the live adapter, computes the same logits.
     """
     saved, expected = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     if saved.keys() != expected.keys():
@@ -157,8 +153,8 @@ def verify_adapter(
     changed = [name for name, tensor in saved.items() if not torch.equal(tensor, expected[name].cpu())]
     if changed:
         raise RuntimeError(f"{folder}: bytes differ from the model's in {changed[:4]}")
-    if trained and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
-        raise RuntimeError(f"{folder}: every lora_B is zero: nothing was trained")
+    if not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
+        raise RunFailed("the adapter is dead: every lora_B is zero, so nothing was trained; see --learning_rate")
     live = probe_logits(model, probe, autocast)
     if model.peft_config["default"].bias != "none":  # PEFT has no second adapter then: load it over the live one
         for param in trainable_parameters(model).values():

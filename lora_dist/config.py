@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,14 @@ from lora_dist.preemption import install_handlers
 
 class UserError(ValueError):
     """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: one line that says why, and what was kept. Exit code 1."""
+
+
+class NothingToDo(Exception):
+    """What was asked for is there already: one line that says so. Exit code 0."""
 
 
 def setting(default, help: str):
@@ -89,8 +97,7 @@ class TrainConfig:
         "int8", "How the frozen base is stored: LLM.int8, NF4 with double quantization or without, or as it is."
     )
     quantized_cache: str | None = setting(
-        None,
-        "Directory for the quantized base: written by the first start, read by the next on any number of ranks.",
+        None, "Directory for the quantized base: written by the first start, read by the next on any number of ranks."
     )
     resident_layers: str = setting(
         "0",
@@ -155,9 +162,22 @@ class TrainConfig:
 
     logging_steps: int = setting(1, "Log every this many steps.")
     eval_steps: int = setting(0, "Evaluate every this many steps; 0 for at the start and the end only.")
-    save_steps: int = setting(50, "Save the adapter to checkpoints/ every this many steps; 0 for at the end only.")
-    save_total_limit: int = setting(2, "Checkpoints to keep.")
+    save_steps: int = setting(50, "Save a checkpoint every this many steps; 0 for at the end and on a signal only.")
+    save_total_limit: int = setting(2, "Newest checkpoints to keep, beside the best one by its held-out loss.")
     output_dir: str | None = setting(None, "Run folder. Default: runs/<recipe>-<date>-<time>.")
+    resume_from_checkpoint: str = setting(
+        "auto",
+        "auto: go on where --output_dir holds a run. Or a checkpoint, or a run folder, to go on from. none: never.",
+    )
+    allow_config_change: list[str] | None = setting(
+        None, "Settings that a run may go on with under another value, e.g. learning_rate max_steps."
+    )
+    max_bad_steps: int = setting(3, "End the run after so many steps in a row whose loss or gradient is not finite.")
+    max_failed_saves: int = setting(3, "End the run after so many checkpoints in a row that could not be written.")
+    rank_timeout_s: float = setting(60, "Take a rank for dead that gave no sign of life for so many seconds.")
+    step_timeout_s: float = setting(
+        600, "Take a run for stalled, and end it, where no micro-batch was done for so many seconds; 0 for never."
+    )
     report_to: Literal["wandb", "none"] = setting("wandb", "Where metrics.jsonl is mirrored to.")
     sample_prompt: str = setting("", "Complete this prompt before and after training; empty for none.")
     push_to_hub: bool = setting(False, "Push the adapter to the hub at the end; needs --hub_model_id.")
@@ -166,11 +186,17 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_steps", "logging_steps", "save_total_limit",
-                     "shard_size", "context_parallel_size", "num_labels"):  # fmt: skip
+                     "max_bad_steps", "max_failed_saves", "shard_size", "context_parallel_size",
+                     "num_labels"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
-        for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed",
+                     "step_timeout_s"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        require(
+            self.rank_timeout_s >= 5, "rank_timeout_s", self.rank_timeout_s, "must be 5 or more: a sign comes a second"
+        )
+        _check_allowed_changes(self.allow_config_change or ())
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
         grouped = self.train_sampling_strategy == "group_by_length"
@@ -220,6 +246,34 @@ class TrainConfig:
             self.hub_model_id,
             "has no effect without --push_to_hub true",
         )
+
+
+# Of a run that goes on. These change nothing of the training, so they may differ from start to start:
+FREE_ON_RESUME = set(
+    "quantized_cache resident_layers shard_size memory_budget_gib gather_once deepspeed gradient_checkpointing strict "
+    "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit output_dir resume_from_checkpoint "
+    "allow_config_change max_bad_steps max_failed_saves rank_timeout_s step_timeout_s report_to sample_prompt "
+    "push_to_hub hub_model_id".split()
+)
+# These do, and may where --allow_config_change names them; mixed_precision is the launcher's. What is in neither set
+# gives the state another shape, or the data another order.
+ASK_ON_RESUME = set(
+    "mixed_precision dataset_name dataset_config dataset_train_split dataset_test_split eval_fraction dataset_format "
+    "dataset_text_field rename_columns chat_template train_on_inputs max_length overlong_rows packing "
+    "train_sampling_strategy context_parallel_size lora_dropout max_steps num_train_epochs learning_rate warmup_steps "
+    "lr_scheduler_type weight_decay max_grad_norm".split()
+)
+
+
+def _check_allowed_changes(names: Iterable[str]) -> None:
+    known = {field.name for field in dataclasses.fields(TrainConfig)} | ASK_ON_RESUME
+    able = f"these can change in a run: {' '.join(sorted(ASK_ON_RESUME))}"
+    for name in names:
+        guess = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {guess[0]}?" if guess else able
+        require(name in known, "allow_config_change", name, f"no such setting; {hint}")
+        require(name not in FREE_ON_RESUME, "allow_config_change", name, "may change without being named here")
+        require(name in ASK_ON_RESUME, "allow_config_change", name, f"cannot change in a run; {able}")
 
 
 def require(condition, name: str, value, rule: str) -> None:
@@ -290,12 +344,18 @@ def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
 
 
 def end_process(work: Callable[[], None]) -> None:
-    """Do the work and end the process: exit code 0; for bad input one line from rank 0, and 2 on all ranks."""
+    """Do the work and end the process: exit code 0; for bad input one line from rank 0, and 2 on all ranks.
+
+    A run that cannot go on is one line and 1 in the same way.
+    """
     code = 0
     try:
         work()
-    except UserError as error:
-        code = 2
+    except NothingToDo as reason:
+        if os.environ.get("RANK", "0") == "0":
+            print(reason)
+    except (UserError, RunFailed) as error:
+        code = 2 if isinstance(error, UserError) else 1
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     # Not sys.exit: gloo's threads drop the tensors of the last collective a moment after it, and where Python is

@@ -217,6 +217,10 @@ class Prefetch:
         self._waiting = {n: self._waiting.get(n) or self._thread.submit(self._make, n) for n in wanted}
         return self._waiting.pop(number).result().to(self.device)
 
+    def row_ids(self, step: int, index: int) -> list[list[int]]:
+        """As of MicroBatches, which only the thread may ask: it reads streams."""
+        return self._thread.submit(self.batches.row_ids, step, index).result()
+
     def _make(self, number: int) -> MicroBatch:
         step, turn = divmod(number, len(self.turns))
         batch = self.batches(step, self.turns[turn])

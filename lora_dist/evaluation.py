@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lora_dist import watchdog
 from lora_dist.data import MicroBatch, collate, model_inputs
 from lora_dist.reduction import block
 from lora_dist.sharding import release
@@ -23,6 +24,7 @@ def over_held_out(run: Training, measure: Callable[[int, MicroBatch], torch.Tens
     found = torch.zeros(len(batches), share.num_pieces, width, dtype=torch.float64, device=device)
     run.model.eval()
     for turn in range(-(-len(batches) // share.num_groups)):
+        watchdog.still_moving()
         index = mine[turn] if turn < len(mine) else 0  # a spare forward, thrown away, keeps the gathers matched
         rows = [run.eval_rows[i] for i in batches[index]]
         batch = collate(rows, run.micro_batches.pad_token_id, run.micro_batches.task).to(device)

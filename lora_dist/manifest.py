@@ -17,6 +17,26 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def sync_files(folder: Path) -> None:
+    """Have all files of a folder on the disk, with the mode that the user's umask gives a file.
+
+    safetensors 0.8 writes files that only their owner can read.
+    """
+    (umask,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:")]
+    for path in files_of(folder):
+        path.chmod(0o666 & ~int(umask.split()[1], 8))
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk, so that they outlast a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def describe_file(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -37,7 +57,9 @@ def is_complete(folder: Path, share: slice = slice(None)) -> bool:
     """Whether the manifest is there and the files it names have its sizes and, in this share of them, its checksums."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
-        sizes_fit = all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        sizes_fit = bool(files) and all(
+            (folder / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+        )
         return sizes_fit and all(describe_file(folder / name) == entry for name, entry in list(files.items())[share])
     except (OSError, ValueError):
         return False

@@ -4,12 +4,14 @@ import json
 import netrc
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from urllib.parse import ParseResult, urlparse
 
 from accelerate import Accelerator
 
+from lora_dist import preemption
 from lora_dist.config import TrainConfig
 from lora_dist.run_folder import RunFolder
 
@@ -17,26 +19,42 @@ PROJECT = "lora-dist"
 
 
 class MetricsLog:
-    """One flushed line per call to `log`, mirrored to the trackers of the accelerator. Does nothing on other ranks."""
+    """One line on the disk per call to `log`, mirrored to the trackers of the accelerator. Nothing on other ranks.
+
+    Where the disk is full, lines wait in memory until there is room.
+    """
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator, config: TrainConfig, wandb_config: dict):
-        self.accelerator = accelerator
-        self.file = open(folder.metrics, "a", encoding="utf-8") if accelerator.is_main_process else None
+        self.accelerator, self.waiting, self.failed = accelerator, b"", False
+        self.file = open(folder.metrics, "ab", buffering=0) if accelerator.is_main_process else None
         if self.file and config.report_to == "wandb":
             _start_wandb(folder, accelerator, wandb_config)
 
     def log(self, values: dict, step: int) -> None:
         """`values`: metric name to number, as docs/metrics.md lists them; `step`: optimizer steps done."""
         if self.file:
-            self.file.write(json.dumps({"train/global_step": step, "time": round(time.time(), 3), **values}) + "\n")
-            self.file.flush()
+            line = json.dumps({"train/global_step": step, "time": round(time.time(), 3), **values}) + "\n"
+            self.waiting += line.encode()
+            self._write()
             self.accelerator.log({"train/global_step": step, **values}, step=step)
+
+    def _write(self) -> None:
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                why = "its lines are kept until there is room"
+                print(f"warning: {self.file.name}: {error.strerror}: {why}", file=sys.stderr, flush=True)
+            self.failed = True
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         if self.file:
+            self._write()
             self.file.close()
             for (
                 tracker
@@ -58,6 +76,8 @@ def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict
         accelerator.trackers.clear()  # else the one that failed is started again
         _init_wandb(wandb, folder, accelerator, wandb_config, offline=True)
     run = accelerator.get_tracker("wandb", unwrap=True)
+    folder.wandb_run_id = run.id
+    folder.write_state("running", folder.read_state()["step"])
     run.define_metric("train/global_step")
     for group in ("train", "eval", "perf", "checkpoint"):
         run.define_metric(f"{group}/*", step_metric="train/global_step")
@@ -68,10 +88,14 @@ def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict
 
 
 def _init_wandb(wandb, folder: RunFolder, accelerator: Accelerator, wandb_config: dict, offline: bool) -> None:
-    settings = wandb.Settings(init_timeout=15, finish_timeout=60, x_transaction_log_flush_interval=1, silent=True)
+    settings = wandb.Settings(
+        init_timeout=15, finish_timeout=60, x_transaction_log_flush_interval=1, silent=True,
+        stop_fn=preemption.ask_to_stop,  # its own would interrupt this rank alone
+    )  # fmt: skip
     if offline:  # else WANDB_MODE decides
         settings.mode = "offline"
     init = {"dir": str(folder.root), "name": folder.root.name, "job_type": "train", "settings": settings}
+    init |= {"id": folder.wandb_run_id, "resume": "allow"}  # one run, however often it was interrupted
     accelerator.init_trackers(PROJECT, config=wandb_config, init_kwargs={"wandb": init})
 
 

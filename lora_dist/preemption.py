@@ -17,15 +17,20 @@ def install_handlers() -> None:
         signal.signal(number, _note)
 
 
+def ask_to_stop() -> None:
+    """What a signal does; for what else asks, W&B's stop button."""
+    global _first_asked_s
+    _first_asked_s = _first_asked_s or time.monotonic()
+
+
 def stop_asked() -> bool:
-    """Whether this rank was signalled. Other ranks learn of it in the step's reduction."""
+    """Whether this rank was asked. Other ranks learn of it in the step's reduction."""
     return _first_asked_s is not None
 
 
 def _note(number: int, frame) -> None:
-    global _first_asked_s
     if _first_asked_s is None:
-        _first_asked_s = time.monotonic()
+        ask_to_stop()
     elif time.monotonic() - _first_asked_s > REPEAT_S:  # asked again: leave at once
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -89,3 +89,11 @@ def flatten_gradients(
     numel = sum(map(len, parts)) + len(extras)
     tail = [float(e) for e in extras] + [0.0] * (-numel % num_ranks)
     return torch.cat([*parts, torch.tensor(tail, device=parts[0].device)])
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is set on some rank. Collective."""
+    flags = torch.tensor([float(flag)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags)
+    return flags.item() > 0

@@ -50,7 +50,7 @@ def tick_text(value: float) -> str:
 
 def _figures(summary: dict) -> list[tuple[str, str]]:
     """Label and value of the figures at the top; those that were not measured are left out."""
-    if "loss_last" not in summary:
+    if summary.get("loss_last") is None:
         return []
     share = summary["base_bytes_per_rank"] / summary["base_bytes_total"]
     figures = [("training loss, first to last step", f"{summary['loss_first']:.3f} → {summary['loss_last']:.3f}")]

@@ -1,56 +1,165 @@
 """The run folder: its file names, and how each file is written so that a kill never leaves half of one."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import yaml
 
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.manifest import MANIFEST, is_complete, write_whole
+from lora_dist.manifest import MANIFEST, is_complete, sync, write_whole
 
 STATUSES = ("running", "completed", "preempted", "failed")
+LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still be going
 
 
 class RunFolder:
+    """`resume_from`: the checkpoint this run goes on from. `begun`: what its settings do not say of its beginning."""
+
     def __init__(self, root: Path):
         self.root = root
         self.config = root / "config.yaml"
         self.state = root / "state.json"
         self.metrics = root / "metrics.jsonl"
+        self.bad_steps = root / "bad_steps.jsonl"
         self.report = root / "report.html"
         self.adapter = root / "adapter"
         self.checkpoints = root / "checkpoints"
+        self.resume_from: Path | None = None
+        self.begun: dict = {}
+        self.wandb_run_id: str | None = None
+        self.restarts = 0
 
-    def create(self, config: TrainConfig) -> None:
-        """Make the folder with config.yaml and a state. Raises UserError where it cannot be, or holds a run."""
-        if self.state.exists():
-            raise UserError(f"--output_dir {self.root}: holds a run already; give another folder, or remove this one")
+    def lock(self) -> None:
+        """Make the folder, and keep other runs out of it until this process ends, however it ends. Raises UserError.
+
+        The kernel's lock on an open file: it goes with its process, so there is no stale one to recognise.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+            self._lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+            deadline = time.monotonic() + LOCK_PATIENCE_S
+            while not self._try_lock():
+                if time.monotonic() > deadline:
+                    holder = os.pread(self._lock, 200, 0).decode()
+                    raise UserError(f"--output_dir {self.root}: is in use by {holder}; give another folder")
+                time.sleep(0.2)
+            os.truncate(self._lock, 0)
+            job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+            os.pwrite(self._lock, f"process {os.getpid()} on {os.uname().nodename}{job}".encode(), 0)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def begin(self, config: TrainConfig) -> None:
+        """Write config.yaml and a first state. Raises UserError."""
+        try:
+            self.write_config(config)
             self.write_state("running", 0)
         except OSError as error:
             raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
 
+    def write_config(self, config: TrainConfig) -> None:
+        write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
     def write_state(self, status: str, step: int, summary: dict | None = None) -> None:
         assert status in STATUSES
-        write_whole(self.state, json.dumps({"status": status, "step": step, "summary": summary}, indent=2) + "\n")
+        state = {
+            "status": status, "step": step, "restarts": self.restarts, "wandb_run_id": self.wandb_run_id,
+            "begun": self.begun, "summary": summary,
+        }  # fmt: skip
+        write_whole(self.state, json.dumps(state, indent=2) + "\n")
 
-    def record_failure(self, error: BaseException) -> None:
-        """Say failed, at the step that was last written."""
-        step = json.loads(self.state.read_text(encoding="utf-8"))["step"]
-        self.write_state("failed", step, {"error": f"{type(error).__name__}: {error}"})
+    def read_state(self) -> dict:
+        return json.loads(self.state.read_text(encoding="utf-8"))
+
+    def record_failure(self, why: str) -> None:
+        """Say failed, at the step that was last saved; where that cannot be written, it is not."""
+        with contextlib.suppress(OSError):
+            self.write_state("failed", self.read_state()["step"], {"error": why})
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
-    def complete_checkpoints(self) -> list[Path]:
-        """Oldest first; those whose manifest is written and fits."""
-        return [path for path in sorted(self.checkpoints.glob("step-*")) if is_complete(path)]
+    def saved_checkpoints(self) -> list[Path]:
+        """Oldest first; whether they are whole is not looked at."""
+        return sorted(path for path in self.checkpoints.glob("step-*") if path.suffix == "")
 
-    def prune_checkpoints(self, keep: int) -> None:
-        for path in self.complete_checkpoints()[:-keep]:
-            (path / MANIFEST).unlink()  # first: what is left of an interrupted removal is never taken for whole
+    def newest_whole_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """(the newest whose manifest is there and fits every byte, newer ones of which that is not so)."""
+        damaged = []
+        for path in reversed(self.saved_checkpoints()):
+            if is_complete(path):
+                return path, damaged
+            damaged.append(path)
+        return None, damaged
+
+    def prune_checkpoints(self, keep: int, best_step: int | None) -> None:
+        """Remove all but the newest `keep` and the best one."""
+        whole = [path for path in self.saved_checkpoints() if (path / MANIFEST).exists()]
+        for path in whole[:-keep]:
+            if best_step is None or path != self.checkpoint(best_step):
+                self.remove(path)
+
+    @staticmethod
+    def set_aside(checkpoint: Path) -> None:
+        """Rename one that is damaged, for whoever wants to look at it."""
+        aside = checkpoint.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """What is left of an interrupted removal has another name, so that it is never taken for whole."""
+        going = folder.with_suffix(".removed")
+        shutil.rmtree(going, ignore_errors=True)
+        folder.rename(going)
+        shutil.rmtree(going)
+
+    @staticmethod
+    def partial_name(folder: Path) -> Path:
+        return folder.with_suffix(".partial")
+
+    def partial(self, folder: Path) -> Path:
+        """An empty folder to write what will be `folder`."""
+        path = self.partial_name(folder)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def put_in_place(self, partial: Path, folder: Path) -> None:
+        """Give what was written its name; where something has that name, damaged or older, in its place."""
+        if folder.exists():
+            self.remove(folder)
+        partial.rename(folder)
+        sync(folder.parent)
+
+    def clear_leftovers(self) -> None:
+        """Of saves and removals that a kill interrupted."""
+        for path in [*self.checkpoints.glob("*.partial"), *self.checkpoints.glob("*.removed")]:
             shutil.rmtree(path)
+
+    def trim_metrics(self, step: int) -> None:
+        """Leave out what comes after `step`, and a last line that was cut off: those steps are taken again."""
+        for path, key in ((self.metrics, "train/global_step"), (self.bad_steps, "step")):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                write_whole(path, "".join(line for line in lines if _is_until(line, key, step)))
+
+
+def _is_until(line: str, key: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)[key] <= step
+    except (ValueError, KeyError):
+        return False

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained, parameter_counts
 from lora_dist.base_model import base_bytes, load_model_config, meta_model
-from lora_dist.config import TrainConfig, UserError, require
+from lora_dist.checkpoint import PACKAGES
+from lora_dist.config import NothingToDo, TrainConfig, UserError, require
 from lora_dist.data import MicroBatches
 from lora_dist.freezing import quantized_share
 from lora_dist.metrics import MetricsLog
@@ -33,6 +33,7 @@ from lora_dist.packing import check_packing
 from lora_dist.placement import agree, choose_placement, describe
 from lora_dist.quantized_cache import load_cached_base
 from lora_dist.report import write_report
+from lora_dist.resume import open_run
 from lora_dist.rows import Data
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import decoder_layers
@@ -40,11 +41,11 @@ from lora_dist.step import Training
 from lora_dist.strategies import Launch, Placement, Strategy, world_size
 from lora_dist.tasks import TASKS, Task
 from lora_dist.train import peak_memory_bytes, save_adapter_checked
+from lora_dist.watchdog import Watchdog
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Another node may have to tokenize what this one has in its cache; once the ranks have met, silence is a fault.
 MEETING_TIMEOUT, COLLECTIVE_TIMEOUT = datetime.timedelta(days=1), datetime.timedelta(minutes=30)
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 
 
 def choose_defaults(
@@ -99,6 +100,8 @@ def plan_base(
 ) -> BasePlan:
     """Raises UserError where the base, or what is asked of it, cannot be had. Of the model's config alone."""
     dtype, task = base_dtype(launch.mixed_precision), TASKS[config.task_type]
+    why = "cannot be had with this recipe, which makes no classes; see recipes/quotes_tags.py"
+    require(classes or not task.has_classes, "task_type", config.task_type, why)
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
     check_targets(skeleton, config)
     num_embeddings = skeleton.get_input_embeddings().num_embeddings
@@ -119,7 +122,6 @@ def prepare_training(
     folder: RunFolder,
 ) -> Training:
     """Load the base, each rank its rows, add the adapters, whole on every rank, and lay out the data. Collective."""
-    check_same_rows(data)
     placement, started = agree(plan.placement), time.perf_counter()
     model = load_cached_base(
         config.model_name_or_path, cache=config.quantized_cache, quantization=config.quantization, dtype=plan.dtype,
@@ -134,7 +136,7 @@ def prepare_training(
     micro_batches = MicroBatches(
         data.train, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,
         sequences=config.per_device_train_batch_size,
-        per_step=config.gradient_accumulation_steps * accelerator.num_processes,
+        per_step=folder.begun["micro_batches_per_step"],
         pack_to=config.max_length if config.packing else None,
         group_by_length=config.train_sampling_strategy == "group_by_length", task=plan.task,
     )  # fmt: skip
@@ -164,6 +166,9 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
         "MEGATRON_LM",
     ):  # ours to start, where the launcher's config names one; not accelerate's
         os.environ.pop(f"ACCELERATE_USE_{engine}", None)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # one machine: nobody outside is to connect
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _meet_again(on_gpu)
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
     patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)
     accelerator = Accelerator(
@@ -178,6 +183,22 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
             "launch with accelerate launch, torchrun or python"
         )
     return accelerator
+
+
+def _meet_again(on_gpu: bool) -> None:
+    """Ranks that torchrun started again: under names of their own.
+
+    Its store outlives the ranks, and torch 2.13 uses the same names in it for every attempt, so that a rank may find
+    the address of one that is dead ("Gloo connectFullMesh failed").
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), timeout=MEETING_TIMEOUT,
+        rank=int(os.environ["RANK"]), world_size=world_size(),
+    )  # fmt: skip
 
 
 def check_same_on_all_ranks(config: TrainConfig, launch: Launch) -> None:
@@ -205,36 +226,53 @@ def device_name() -> str:
 
 
 @contextlib.contextmanager
-def open_session(config: TrainConfig, recipe: str, launch: Launch) -> Iterator[tuple[Accelerator, RunFolder]]:
+def open_session(
+    config: TrainConfig, recipe: str, launch: Launch, data: Data
+) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
-    accelerator, folder = start_ranks(launch.mixed_precision), None
+    accelerator, folder, watchdog, done = start_ranks(launch.mixed_precision), None, None, False
     try:
         check_same_on_all_ranks(config, launch)
-        folder = _open_run_folder(config, recipe, accelerator)
+        check_same_rows(data)
+        begun = {
+            "num_ranks": world_size(),
+            "micro_batches_per_step": config.gradient_accumulation_steps * world_size(),
+            "mixed_precision": launch.mixed_precision,
+            "rows": data.fingerprint(),
+        }
+        # Ranks that take different micro-batches; in a pipeline every rank takes part in all of them.
+        num_shares = 1 if launch.strategy.engine == "pipeline" else world_size() // config.context_parallel_size
+        folder = _open_run_folder(accelerator, config, recipe, begun, num_shares)
+        watchdog = Watchdog(folder, rank_timeout_s=config.rank_timeout_s, step_timeout_s=config.step_timeout_s)
         yield accelerator, folder
+        done = True
     except BaseException as error:
+        if watchdog:
+            watchdog.explain(error)
         if folder and accelerator.is_main_process:
-            folder.record_failure(error)
+            folder.record_failure(f"{type(error).__name__}: {error}")
         raise
     finally:
+        if watchdog:
+            watchdog.stop(done=done)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _open_run_folder(config: TrainConfig, recipe: str, accelerator: Accelerator) -> RunFolder:
-    """Rank 0 makes the folder; all ranks learn its name, or why it cannot be. Collective."""
-    answer = [None, None]
+def _open_run_folder(accelerator: Accelerator, *how) -> RunFolder:
+    """Rank 0 begins a run, or goes on with one; all ranks learn which, or why that cannot be. Collective."""
+    answer = [None]
     if accelerator.is_main_process:
-        root = Path(config.output_dir or f"runs/{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         try:
-            RunFolder(root).create(dataclasses.replace(config, output_dir=str(root)))
-            answer[0] = str(root)
-        except UserError as error:
-            answer[1] = str(error)
+            own, answer[0] = open_run(*how)
+        except (UserError, NothingToDo) as error:
+            answer[0] = error
     broadcast_object_list(answer)
-    if answer[1]:
-        raise UserError(answer[1])
-    return RunFolder(Path(answer[0]))
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    for note in answer[0].notes:
+        accelerator.print(note)
+    return own if accelerator.is_main_process else answer[0].folder()
 
 
 def banner(run: Training, strategy: Strategy) -> str:
@@ -248,8 +286,8 @@ def banner(run: Training, strategy: Strategy) -> str:
         f"placement: {describe(run.placement, len(decoder_layers(run.model)), ranks)}",
         f"ranks: {ranks} on {device}, mixed precision {run.accelerator.mixed_precision}",
         f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {held(run)}",
-        f"batch: {config.per_device_train_batch_size} sequences x {config.gradient_accumulation_steps} micro-batches"
-        f" x {ranks} rank(s) = {sequences} sequences a step, {run.num_steps} steps",
+        f"batch: {config.per_device_train_batch_size} sequences x {run.micro_batches.per_step} micro-batches, shared by"
+        f" {ranks} rank(s) = {sequences} sequences a step, {run.num_steps} steps",
         f"run folder: {run.folder.root}",
     ])  # fmt: skip
 
@@ -286,7 +324,7 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
     """
     completed = measured["steps"] == run.num_steps
     if completed:
-        save_adapter_checked(run, run.folder.adapter, trained=True)
+        save_adapter_checked(run)
     trainable, total = parameter_counts(run.model)
     summary = {
         "world_size": run.accelerator.num_processes,
@@ -299,7 +337,7 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
         "effective_batch_sequences": run.config.per_device_train_batch_size * run.micro_batches.per_step,
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes(run.accelerator.device)]),
         "load_s": run.load_s,
-        "restarts": 0,
+        "restarts": run.folder.restarts,
         **measured,
     }
     if run.accelerator.is_main_process:
@@ -314,18 +352,22 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
 def closing_lines(run: Training, summary: dict) -> str:
     lines = []
     if summary["steps"] < run.num_steps:
-        lines.append(f"preempted: saved {run.folder.checkpoint(summary['steps'])} of {run.num_steps} steps")
-    lines += [
-        f"loss: {summary['loss_first']:.4f} at the start, {summary['loss_last']:.4f} at the end"
-        f" ({summary['steps']} steps)"
-    ]
+        saved, _ = run.folder.newest_whole_checkpoint()
+        kept = f"saved {saved}" if saved else "nothing to save yet"
+        lines.append(f"preempted: {kept}, {summary['steps']} of {run.num_steps} steps")
+    if summary["loss_first"] is not None:
+        lines.append(
+            f"loss: {summary['loss_first']:.4f} at the start, {summary['loss_last']:.4f} at the end"
+            f" ({summary['steps']} steps)"
+        )
     if summary["eval_loss"] is not None:
         before, after, what = summary["eval_loss_base"], summary["eval_loss"], "loss"
         if not TASKS[run.config.task_type].has_classes:
             before, after, what = math.exp(before), math.exp(after), "perplexity"
         lines.append(f"held-out {what}: {before:.2f} base, {after:.2f} base + adapter")
     lines.append(f"base: {held(run)}")
-    lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
+    if summary["tokens_per_second"]:
+        lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
     lines += [f"{when}: {text}" for when, text in summary.get("samples", {}).items() if text]
     lines.append(f"run folder: {run.folder.root}")
     return "\n".join(lines)

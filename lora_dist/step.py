@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import get_scheduler
 
-from lora_dist import preemption
+from lora_dist import preemption, watchdog
 from lora_dist.adapters import probe_logits, trainable_parameters
 from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig, require
@@ -89,6 +89,8 @@ class StepResult:
     num_positions: int  # with padding
     data_time_s: float
     stop_asked: bool  # on any rank
+    bad: bool  # the loss or the gradient is not finite
+    skipped: bool  # nothing was updated: bad, or fp16 overflowed, which its loss scale mends
 
 
 def check_isolation(model: PeftModel, document_T: torch.Tensor, autocast) -> None:
@@ -122,23 +124,21 @@ def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
 
 def train_step(run: Training, step: int) -> StepResult:
     """One optimizer step: G micro-batches, one reduction, then the same arithmetic on every rank."""
-    run.data_time_s = 0.0
-    stop = preemption.stop_asked()  # once a step, whatever the number of micro-batches
-    flat = sum_over_stages(run, step, stop) if run.pipeline else sum_over_ranks(run, step, stop)
+    run.data_time_s, run.loss_sums = 0.0, {}
+    flat = sum_over_stages(run, step) if run.pipeline else sum_over_ranks(run, step)
     numel = sum(p.numel() for p in run.params)
     loss_sum, num_trained, num_tokens, num_positions, num_stops = flat[numel : numel + 5].tolist()
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(
-            f"step {step + 1}: the loss is {loss_sum}; lower --learning_rate, or use bf16 in place of fp16"
-        )
+    grad_norm, skipped = apply_gradient(run, flat[:numel] / num_trained, keep=not math.isfinite(loss_sum))
     return StepResult(
         loss=loss_sum / num_trained,
-        grad_norm=apply_gradient(run, flat[:numel] / num_trained),
+        grad_norm=grad_norm,
         num_trained_tokens=int(num_trained),
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
         data_time_s=run.data_time_s,
         stop_asked=num_stops > 0,
+        bad=not math.isfinite(loss_sum) or (skipped and not run.accelerator.scaler),
+        skipped=skipped,
     )
 
 
@@ -186,7 +186,7 @@ def data_share(run: Training) -> DataShare:
     return DataShare(run.accelerator.num_processes, run.accelerator.process_index)
 
 
-def sum_over_ranks(run: Training, step: int, stop: bool) -> torch.Tensor:
+def sum_over_ranks(run: Training, step: int) -> torch.Tensor:
     """Data parallel: each rank, or group that shares rows, takes a block of the micro-batches.
 
     The sum, flat, of gradients, loss and counts. Its leaves: all micro-batches' first pieces, then all second ones...
@@ -194,38 +194,44 @@ def sum_over_ranks(run: Training, step: int, stop: bool) -> torch.Tensor:
     num_ranks, total, share = run.accelerator.num_processes, run.micro_batches.per_step, data_share(run)
     num_own, tree = len(block(total, share.num_groups, share.group)), TreeSum(total * share.num_pieces)
     for turn, index in enumerate(run.read.turns):
+        watchdog.moved(step, f"micro-batch {index + 1} of {total}")
         batch, counts = read_micro_batch(run, step, turn)
         loss = forward_loss(run, batch)
         grads = torch.autograd.grad(scaled(run, loss), run.params, allow_unused=True)
         if share.piece:  # the first piece counts the whole rows
             counts = [0] * len(counts)
-        leaf = flatten_gradients(run.params, grads, [loss.item(), *counts, stop], num_ranks)
+        run.loss_sums[index] = loss.item()
+        stop = preemption.stop_asked()  # as late as it can be: rides on the step's one reduction
+        leaf = flatten_gradients(run.params, grads, [run.loss_sums[index], *counts, stop], num_ranks)
         if turn < num_own:
             tree.add(0, share.piece * total + index, leaf)
     release(run.model)  # under --gather_once all of it is whole until here
+    watchdog.moved(step, "reduction of the gradients")
     pieces = share.num_pieces
     return tree_reduce(tree, [rank % pieces * share.num_groups + rank // pieces for rank in range(num_ranks)])
 
 
-def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
+def sum_over_stages(run: Training, step: int) -> torch.Tensor:
     """A pipeline: each rank has its layers' part of every micro-batch's gradient. The sum as in `sum_over_ranks`."""
     pipeline, total = run.pipeline, run.micro_batches.per_step
     device, dtype = run.accelerator.device, run.model.get_input_embeddings().weight.dtype
     tree, under_way = TreeSum(total), {}
     scaled(run, torch.zeros((), device=device))  # a loss scaler begins at its first use: else on the last stage alone
     for action, index in schedule(total, pipeline.stage, pipeline.num_stages):
+        watchdog.moved(step, f"{action} of micro-batch {index + 1} of {total}")
         if action == "forward":
             batch, counts = read_micro_batch(run, step, index)
             shape_BTH = torch.Size([*batch.input_ids_BT.shape, run.model.config.hidden_size])
             receive_from_before(pipeline, shape_BTH, dtype, device)
             try:
                 loss = forward_loss(run, batch)
-                under_way[index] = pipeline.inbox_BTH, scaled(run, loss), [loss.item(), *counts, stop]
+                run.loss_sums[index] = loss.item()
+                under_way[index] = pipeline.inbox_BTH, scaled(run, loss), [run.loss_sums[index], *counts]
             except StageDone as done:
                 (hidden_states_BTH,) = done.args
                 assert (hidden_states_BTH.shape, hidden_states_BTH.dtype) == (shape_BTH, dtype)
                 send_onward(pipeline, hidden_states_BTH)
-                under_way[index] = pipeline.inbox_BTH, hidden_states_BTH, [0, 0, 0, 0, stop]
+                under_way[index] = pipeline.inbox_BTH, hidden_states_BTH, [0, 0, 0, 0]
         else:
             inbox_BTH, output, extras = under_way.pop(index)
             grad = None if pipeline.is_last else pipeline.receive(torch.empty_like(output), pipeline.stage + 1)
@@ -233,6 +239,7 @@ def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
             grads = torch.autograd.grad(output, inputs, grad, allow_unused=True)
             if pipeline.stage:
                 pipeline.send(grads[-1], pipeline.stage - 1)
+            extras = [*extras, preemption.stop_asked()]
             tree.add(0, index, flatten_gradients(run.params, grads[: len(run.params)], extras, num_ranks=1))
     pipeline.wait()
     ((_, flat),) = tree.nodes.items()
@@ -242,8 +249,12 @@ def sum_over_stages(run: Training, step: int, stop: bool) -> torch.Tensor:
     return flat
 
 
-def apply_gradient(run: Training, grad: torch.Tensor) -> float:
-    """Clip the flat gradient, update the parameters and the learning rate; returns the norm before clipping."""
+def apply_gradient(run: Training, grad: torch.Tensor, *, keep: bool = False) -> tuple[float, bool]:
+    """Clip the flat gradient, update the parameters and the learning rate. (Norm before clipping, whether skipped).
+
+    The parameters and the optimizer stay as they are where the gradient is not finite, or with `keep`; the learning
+    rate is the step's all the same. All ranks do the same, as they hold the same gradient.
+    """
     if not run.zero2:
         for param, part in zip(run.params, grad.split([p.numel() for p in run.params]), strict=True):
             param.grad = part.view_as(param)
@@ -251,15 +262,18 @@ def apply_gradient(run: Training, grad: torch.Tensor) -> float:
     if scaler:
         scaler.unscale_(run.optimizer)  # in place, so in `grad` too
     norm = torch.linalg.vector_norm(grad)
+    norm_before = norm.item()
+    skipped = keep or not math.isfinite(norm_before)
     if run.config.max_grad_norm:
         grad.mul_((run.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     if scaler:
-        scaler.step(run.optimizer)  # left out where fp16 overflowed; the same on all ranks, as the gradient is
+        scaler.step(run.optimizer)  # left out where fp16 overflowed
         scaler.update()
-    elif run.zero2:
-        step_with(run.zero2, run.params, grad)
-    else:
-        run.optimizer.step()
+    elif not skipped:
+        if run.zero2:
+            step_with(run.zero2, run.params, grad)
+        else:
+            run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.scheduler.step()
-    return norm.item()
+    return norm_before, skipped

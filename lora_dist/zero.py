@@ -129,6 +129,36 @@ def step_with(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
     engine.step()
 
 
+def zero2_state(engine, params: list[nn.Parameter]) -> list[dict[str, torch.Tensor]]:
+    """AdamW's whole state of each parameter, put together from the ranks; empty before the first step. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    partitions = engine.optimizer.single_partition_of_fp32_groups
+    states = [engine.optimizer.optimizer.state.get(partition) for partition in partitions]
+    if not all(states):
+        return []
+    step = states[0]["step"]
+    return [
+        {"step": step} | {key: safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")}
+        for param in params
+    ]
+
+
+def load_zero2_state(engine, params: list[nn.Parameter], states: list[dict[str, torch.Tensor]]) -> None:
+    """Hand DeepSpeed the parameters as they are now, and its part of what `zero2_state` returned."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if all(states):
+        for partition in engine.optimizer.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(partition) for key in ("exp_avg", "exp_avg_sq")}
+            engine.optimizer.optimizer.state[partition] = {"step": states[0]["step"].clone(), **moments}
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for param, state in zip(params, states, strict=True):
+        safe_set_full_fp32_param(param, param.data)
+        for key in ("exp_avg", "exp_avg_sq") if state else ():
+            safe_set_full_optimizer_state(param, state[key], key)
+
+
 def partitioned_bytes(param: nn.Parameter) -> int | None:
     """Bytes that this rank keeps of a parameter between uses; None where DeepSpeed has not partitioned it."""
     if not hasattr(param, "ds_tensor"):

@@ -60,7 +60,7 @@ def main(config: TrainConfig) -> None:
     data = prepare_rows(config, tokenizer, as_prompt)
     plan = session.plan_base(config, launch, tokenizer)
 
-    with session.open_session(config, "bloomz_complaints", launch) as (accelerator, folder):
+    with session.open_session(config, "bloomz_complaints", launch, data) as (accelerator, folder):
         say = accelerator.on_main_process(print)
         say(f"{decision}\n{data.table()}")
 

@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> None:
     data = prepare_rows(config, tokenizer)
     plan = session.plan_base(config, launch, tokenizer, data.classes)
 
-    with session.open_session(config, "quotes_tags", launch) as (accelerator, folder):
+    with session.open_session(config, "quotes_tags", launch, data) as (accelerator, folder):
         say = accelerator.on_main_process(print)
         say(f"{decision}\n{data.table()}\nclasses: {', '.join(data.classes)}")
 

@@ -56,7 +56,7 @@ def main(config: TrainConfig) -> None:
     data = prepare_rows(config, tokenizer)
     plan = session.plan_base(config, launch, tokenizer)
 
-    with session.open_session(config, "sft", launch) as (accelerator, folder):
+    with session.open_session(config, "sft", launch, data) as (accelerator, folder):
         say = accelerator.on_main_process(print)
         say(f"{decision}\n{data.table()}")
 
