@@ -1,13 +1,17 @@
 """Run a function on N gloo ranks inside a test, or a recipe through its launcher."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,30 +80,78 @@ def start_rank(rank: int, *flags: str, num_ranks: int = 2, env: dict | None = No
     )
 
 
-def fork_ranks(
-    *flags: str, num_ranks: int = 2, env: dict | None = None, recipe: str = "opt_quotes"
-) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of the recipe on each rank, as `start_rank` starts it, but with the imports of the
-    test process, which are most of the time. For what ends before the ranks meet."""
+# What `accelerate launch` puts into the environment for accelerate_configs/NAME.yaml; other strategies: --deepspeed.
+STRATEGY_ENV = {
+    "ddp": {},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "hsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
+    "pipeline": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+}
+
+
+def fork_ranks(*flags: str, timeout_s: int = 60, **kwargs) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of the recipe on each rank, as `forked_ranks` starts it."""
+    with forked_ranks(*flags, **kwargs) as ranks:
+        return ranks.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def forked_ranks(
+    *flags: str,
+    num_ranks: int = 2,
+    env: dict | None = None,
+    recipe: str = "opt_quotes",
+    strategy: str = "ddp",
+    patch=None,
+) -> Iterator["ForkedRanks"]:
+    """The recipe's ranks as a launcher starts them, but with the imports of the test process: most of the time.
+
+    `patch(rank)` is called in each before the recipe. None is left behind.
+    """
     import lora_dist.quantized_cache  # noqa: F401
     import lora_dist.session  # noqa: F401
 
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        reserved.close()
+        env = STRATEGY_ENV[strategy] | (env or {}) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if strategy == "pipeline":
+            env["MEGATRON_LM_PP_DEGREE"] = str(num_ranks)
         ranks = [
-            context.Process(target=_forked_recipe, args=(recipe, rank, num_ranks, flags, env or {}, folder))
+            context.Process(target=_forked_recipe, args=(recipe, rank, num_ranks, flags, env, folder, patch))
             for rank in range(num_ranks)
         ]
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join(60)
-            process.kill()
-        texts = [[Path(f"{folder}/{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(num_ranks)]
-        return [(process.exitcode, *text) for process, text in zip(ranks, texts, strict=True)]
+        try:
+            yield ForkedRanks(ranks, Path(folder))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
 
-def _forked_recipe(recipe, rank, num_ranks, flags, env, folder):
+@dataclass
+class ForkedRanks:
+    processes: list
+    folder: Path
+
+    def wait(self, timeout_s: float = 60) -> list[tuple[int, str, str]]:
+        """(exit code, stdout, stderr) of each rank; None for one that is still there."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        return [(process.exitcode, *self.texts(rank)) for rank, process in enumerate(self.processes)]
+
+    def texts(self, rank: int) -> list[str]:
+        files = [self.folder / f"{rank}.{kind}" for kind in ("out", "err")]
+        return [file.read_text() if file.exists() else "" for file in files]
+
+
+def _forked_recipe(recipe, rank, num_ranks, flags, env, folder, patch):
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{kind}", os.O_CREAT | os.O_WRONLY), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -107,8 +159,17 @@ def _forked_recipe(recipe, rank, num_ranks, flags, env, folder):
     os.environ.update({name: str(value) for name, value in place.items()} | env)
     sys.path.insert(0, str(ROOT / "recipes"))
     sys.argv = [f"{recipe}.py", *flags]
-    module = importlib.import_module(recipe)
-    module.run_recipe(module.main, module.CONFIG, description=module.__doc__)  # ends the process
+    try:
+        if patch:
+            patch(rank)
+        module = importlib.import_module(recipe)
+        module.run_recipe(module.main, module.CONFIG, description=module.__doc__)  # ends the process
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def launch_recipe(

@@ -172,6 +172,7 @@ def _fifty_steps_on_rank(rank, config, path):
     return [(max(seen[step]), seen[step][-1]) for step in (2, 50)]
 
 
+@pytest.mark.slow
 def test_neither_the_peak_of_a_step_nor_what_it_leaves_grows_over_fifty(config, tmp_path):
     path = make_checkpoint("opt", tmp_path)
     for second, fiftieth in run_ranks(_fifty_steps_on_rank, 2, config, path):

@@ -245,6 +245,7 @@ def _with_class_7(path):
     return datasets.DatasetDict({"train": table})
 
 
+@pytest.mark.slow
 def test_a_row_of_ten_megabytes_and_nul_characters_are_handled_and_reported(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines({"text": "word " * 2_000_000}, {"text": "a \0 b"}, {"text": "x" * 50_000}, {"text": "fine"}))

@@ -106,6 +106,11 @@ CASES = {
         {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_PP_DEGREE": "2"},
         ["--lora_bias all", "cannot be had under pipeline", "use fsdp"],
     ),
+    "classes": (
+        lambda t: ["--task_type", "SEQ_CLS", "--dataset_label_field", "tags", "--sample_prompt", ""],
+        {},
+        ["recipes/quotes_tags.py"],
+    ),
     "context parallel": (
         lambda t: [],
         {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
@@ -115,7 +120,7 @@ CASES = {
 }
 
 
-PROCESSES = ("unknown flag", "empty model", "output_dir in a file")  # the other cases are forked
+PROCESSES = ("unknown flag", "empty model")  # the other cases are forked
 
 
 @pytest.mark.parametrize("case", CASES)

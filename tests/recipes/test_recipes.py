@@ -1,11 +1,11 @@
-"""Each further recipe through `accelerate launch` on 2 ranks, sharded, few steps; opt_quotes.py has its own tests."""
+"""Each further recipe on 2 ranks, sharded, few steps; opt_quotes.py has its own tests."""
 
 import json
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from ranks import launch, launch_recipe
+from ranks import fork_ranks, launch, launch_recipe
 from transformers import AutoTokenizer
 
 # recipe: (flags, what it prints, metrics of its own)
@@ -20,14 +20,18 @@ RECIPES = {
 }
 
 
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as accelerate_configs/ say
+
+
 @pytest.fixture(scope="module", params=RECIPES)
 def run(request, tmp_path_factory):
     """(recipe, folder, what it printed)"""
     flags, *_ = RECIPES[request.param]
     folder = tmp_path_factory.mktemp("runs") / request.param
     flags = [*flags, "--warmup_steps", "2", "--report_to", "none", "--output_dir", str(folder)]
-    done = launch_recipe("fsdp", *flags, recipe=request.param)
-    return request.param, folder, done.stdout
+    (code, out, err), (other, *_) = fork_ranks(*flags, recipe=request.param, strategy="fsdp", env=BF16)
+    assert (code, other) == (0, 0), err
+    return request.param, folder, out
 
 
 def test_it_trains_sharded_and_scores(run):
@@ -67,26 +71,25 @@ def test_what_it_saves_loads_in_plain_peft(run):
     assert logits.shape == (1, 8) and logits.isfinite().all()
 
 
-def test_packing_through_the_launcher(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_starts_through_accelerate(recipe, tmp_path):
+    flags = ("--max_steps", "2", "--warmup_steps", "0", "--report_to", "none", "--output_dir", str(tmp_path / "run"))
+    assert "ranks: 2 on cpu, mixed precision bf16" in launch_recipe("fsdp", *flags, recipe=recipe).stdout
+
+
+def test_packing_by_its_flag(tmp_path):
     """The flag: one adapter on 2 ranks, sharded, and on one, from a stream, where one window holds all rows."""
-    common = [
-        "--max_steps",
-        "3",
-        "--warmup_steps",
-        "1",
-        "--max_length",
-        "128",
-        "--report_to",
-        "none",
-        "--packing",
-        "true",
-    ]
-    launches = {
-        "two": ("fsdp", ["--gradient_accumulation_steps", "2"]),
-        "stream": ("single", ["--gradient_accumulation_steps", "4", "--streaming", "true"]),
+    common = ("--max_steps", "3", "--warmup_steps", "1", "--max_length", "128", "--report_to", "none")
+    common += ("--packing", "true")
+    starts = {
+        "two": ((2, "fsdp"), ("--gradient_accumulation_steps", "2")),
+        "stream": ((1, "ddp"), ("--gradient_accumulation_steps", "4", "--streaming", "true")),
     }
     adapters = {}
-    for name, (strategy, flags) in launches.items():
-        launch_recipe(strategy, *common, *flags, "--output_dir", str(tmp_path / name), recipe="sft")
+    for name, ((num_ranks, strategy), flags) in starts.items():
+        place = {"num_ranks": num_ranks, "strategy": strategy, "env": BF16, "recipe": "sft"}
+        ended = fork_ranks(*common, *flags, "--output_dir", str(tmp_path / name), **place)
+        assert [code for code, _, _ in ended] == [0] * num_ranks, ended[0][2]
         adapters[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
     assert adapters["two"] == adapters["stream"]

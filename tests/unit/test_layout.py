@@ -10,8 +10,8 @@ from lora_dist.strategies import STRATEGIES
 ROOT = Path(__file__).parents[2]
 ORDER = """__init__ embedded preemption config deepspeed_config strategies sources tasks formats labels rows
     packing data context_parallel manifest weights quantization serialization sharding zero freezing
-    reduction pipeline base_model quantized_cache placement adapters run_folder metrics scores report step evaluation
-    train session cli""".split()
+    reduction pipeline base_model quantized_cache placement adapters run_folder resume watchdog metrics scores report
+    step evaluation checkpoint train session cli""".split()
 
 
 def test_modules_import_only_earlier_ones():

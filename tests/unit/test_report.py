@@ -1,8 +1,6 @@
 import dataclasses
 
-from lora_dist.manifest import is_complete, write_manifest
 from lora_dist.report import Chart, render
-from lora_dist.run_folder import RunFolder
 
 SUMMARY = {
     "loss_first": 3.0, "loss_last": 2.0, "eval_loss": None, "world_size": 2, "base_bytes_per_rank": 50,
@@ -32,20 +30,3 @@ def test_a_chart_stays_inside_its_frame():
         assert chart.left <= x <= chart.width and 0 <= y <= chart.height
     assert Chart.of("t", [(1, 5.0)], []) is not None  # one point, no range
     assert Chart.of("t", [], []) is None
-
-
-def test_a_folder_is_complete_only_with_its_manifest(tmp_path):
-    folder = RunFolder(tmp_path)
-    for step in (2, 4, 6):
-        path = folder.checkpoint(step)
-        path.mkdir(parents=True)
-        (path / "weights").write_bytes(b"abc")
-        if step != 6:
-            write_manifest(path)
-    assert [p.name for p in folder.complete_checkpoints()] == ["step-00000002", "step-00000004"]
-    (folder.checkpoint(4) / "weights").write_bytes(b"abd")
-    assert not is_complete(folder.checkpoint(4))
-    write_manifest(folder.checkpoint(4))
-    folder.prune_checkpoints(keep=1)
-    assert [p.name for p in folder.complete_checkpoints()] == ["step-00000004"]
-    assert not folder.checkpoint(2).exists() and folder.checkpoint(6).exists()  # an incomplete one may be in the making

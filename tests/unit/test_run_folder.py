@@ -1,0 +1,212 @@
+"""Which runs begin, go on and are refused: from files alone."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lora_dist import run_folder
+from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, NothingToDo, TrainConfig, UserError
+from lora_dist.manifest import MANIFEST, write_manifest
+from lora_dist.resume import open_run
+from lora_dist.run_folder import RunFolder
+
+BEGUN = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16", "rows": "abc"}
+
+
+@pytest.fixture
+def begun(config, tmp_path, monkeypatch):
+    """A config, and the folder of a run that was begun with it; this process takes no locks."""
+    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *_: None)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "run"), save_steps=2)
+    folder, _ = open_run(config, "opt_quotes", dict(BEGUN), 2)
+    return config, folder
+
+
+def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
+    path = folder.checkpoint(step)
+    path.mkdir(parents=True)
+    state = {"config": dataclasses.asdict(config), "begun": BEGUN, "progress": {"step": step}}
+    (path / "training_state.json").write_text(json.dumps(state))
+    (path / "optimizer.safetensors").write_bytes(b"moments")
+    write_manifest(path)
+    return path
+
+
+def opened(config: TrainConfig, begun: dict | None = None, num_shares: int = 2, **changes) -> RunFolder:
+    folder, opened = open_run(dataclasses.replace(config, **changes), "opt_quotes", BEGUN | (begun or {}), num_shares)
+    folder.notes = opened.notes
+    return folder
+
+
+def refusal(config: TrainConfig, begun: dict | None = None, **changes) -> str:
+    with pytest.raises(UserError) as error:
+        opened(config, begun, **changes)
+    return str(error.value)
+
+
+def test_every_setting_named_is_one():
+    names = {field.name for field in dataclasses.fields(TrainConfig)} | {"mixed_precision"}
+    assert names >= FREE_ON_RESUME | ASK_ON_RESUME and not FREE_ON_RESUME & ASK_ON_RESUME
+
+
+def test_it_goes_on_from_the_newest_checkpoint(begun):
+    config, folder = begun
+    for step in (2, 4):
+        add_checkpoint(folder, step, config)
+    now = opened(config, {"num_ranks": 1, "micro_batches_per_step": 4})
+    assert now.resume_from == folder.checkpoint(4)
+    assert now.begun["micro_batches_per_step"] == 8  # as it was begun, on any number of ranks
+    assert (now.restarts, now.read_state()["restarts"]) == (1, 1)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "a changed byte", "cut short", "an empty manifest"])
+def test_a_damaged_checkpoint_is_named_and_not_used(damage, begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    newest = add_checkpoint(folder, 4, config)
+    if damage == "no manifest":
+        (newest / MANIFEST).unlink()
+    elif damage == "a changed byte":
+        (newest / "optimizer.safetensors").write_bytes(b"momentz")
+    elif damage == "cut short":
+        (newest / "optimizer.safetensors").write_bytes(b"mom")
+    else:
+        (newest / MANIFEST).write_text("{}")
+    assert "is damaged" in refusal(config, resume_from_checkpoint=str(newest))
+    now = opened(config)
+    assert now.resume_from == folder.checkpoint(2)
+    assert f"warning: {newest} is damaged or not whole, and is set aside as {newest.name}.damaged" in now.notes
+    folder.prune_checkpoints(1, best_step=None)
+    assert [path.name for path in folder.saved_checkpoints()] == ["step-00000002"]
+
+
+def test_what_a_kill_left_is_cleared_and_metrics_are_trimmed(begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    for name in ("step-00000004.partial", "step-00000000.removed"):
+        (folder.checkpoints / name).mkdir()
+    lines = [json.dumps({"train/global_step": step, "train/loss": 1.0}) + "\n" for step in (1, 2, 3)]
+    folder.metrics.write_text("".join(lines) + '{"train/global_st')
+    opened(config)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
+    assert folder.metrics.read_text() == "".join(lines[:2])
+
+
+def test_without_a_checkpoint_it_begins_again_with_the_same_batches(begun):
+    config, folder = begun
+    folder.metrics.write_text(json.dumps({"train/global_step": 0, "eval/loss": 1.0}) + "\n")
+    now = opened(config, {"micro_batches_per_step": 4})
+    assert now.resume_from is None and now.begun["micro_batches_per_step"] == 8
+    assert folder.metrics.read_text() == ""
+
+
+def test_changed_settings_are_refused_by_name(begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    said = refusal(config, learning_rate=1e-3, max_steps=8)
+    assert said.startswith(f"--output_dir {folder.root}: holds a run with other settings: ")
+    assert "max_steps 4, now 8" in said and "learning_rate 0.0002, now 0.001" in said
+    assert said.endswith("or --allow_config_change max_steps learning_rate")
+    said = refusal(config, lora_r=8, learning_rate=1e-3)
+    assert "lora_r 16, now 8" in said and "--allow_config_change" not in said  # lora_r cannot change
+    assert "lora_r" in refusal(config, lora_r=8, learning_rate=1e-3, allow_config_change=["learning_rate"])
+    assert "mixed_precision bf16, now no" in refusal(config, {"mixed_precision": "no"})
+    assert "dataset_name with other rows" in refusal(config, {"rows": "xyz"})
+    before = folder.config.read_text()
+    now = opened(config, learning_rate=1e-3, allow_config_change=["learning_rate"])
+    assert "changed in this run: learning_rate 0.0002, now 0.001" in now.notes
+    assert folder.config.read_text() != before
+    assert opened(config, learning_rate=1e-3).resume_from == folder.checkpoint(2)  # it is the run's now
+
+
+def test_settings_that_change_nothing_may_differ(begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    assert opened(config, save_steps=1, resident_layers="all", eval_steps=3, gradient_checkpointing=False).resume_from
+
+
+def test_accumulation_is_refitted_or_refused(begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    four_ranks = {"num_ranks": 4, "micro_batches_per_step": 8}
+    assert opened(config, four_ranks, gradient_accumulation_steps=2).begun["micro_batches_per_step"] == 8
+    said = refusal(config, {"micro_batches_per_step": 6}, gradient_accumulation_steps=3)
+    assert "gradient_accumulation_steps 4, now 3" in said
+
+
+def test_more_ranks_than_micro_batches_are_refused_with_what_works(begun):
+    config, folder = begun
+    add_checkpoint(folder, 2, config)
+    state = folder.state.read_bytes()
+    with pytest.raises(UserError, match="num_processes 9: a step of this run has 8 micro-batches, so 1 to 8 ranks can"):
+        opened(config, {"num_ranks": 9, "micro_batches_per_step": 36}, num_shares=9)
+    with pytest.raises(UserError, match="so 1 to 16 ranks can share it"):  # two ranks share each row
+        opened(config, {"num_ranks": 18, "micro_batches_per_step": 72}, num_shares=9)
+    assert folder.state.read_bytes() == state
+    assert opened(config, {"num_ranks": 9, "micro_batches_per_step": 36}, num_shares=1).resume_from  # a pipeline
+
+
+def test_a_completed_run_is_nothing_to_do_unless_it_is_lengthened(begun):
+    config, folder = begun
+    add_checkpoint(folder, 4, config)
+    folder.write_state("completed", 4)
+    with pytest.raises(NothingToDo, match="the run is completed, at step 4"):
+        opened(config)
+    assert opened(config, max_steps=8, allow_config_change=["max_steps"]).resume_from == folder.checkpoint(4)
+
+
+def test_an_asked_checkpoint(begun, tmp_path):
+    config, folder = begun
+    for step in (2, 4):
+        add_checkpoint(folder, step, config)
+    newest, older = str(folder.checkpoint(4)), str(folder.checkpoint(2))
+    assert "holds a run already" in refusal(config, resume_from_checkpoint="none")
+    assert "no such checkpoint" in refusal(config, resume_from_checkpoint=str(tmp_path / "step-00000009"))
+    assert "the run has a newer one, step-00000004" in refusal(config, resume_from_checkpoint=older)
+    assert opened(config, resume_from_checkpoint=newest).resume_from == folder.checkpoint(4)
+    in_place = opened(config, resume_from_checkpoint=str(folder.root), output_dir=None)
+    assert in_place.root == folder.root and in_place.resume_from == folder.checkpoint(4)
+    branch = opened(config, resume_from_checkpoint=older, output_dir=str(tmp_path / "branch"))
+    assert branch.root != folder.root and branch.resume_from == folder.checkpoint(2) and branch.restarts == 0
+    assert branch.begun == BEGUN | {"from": older}
+    said = refusal(config, resume_from_checkpoint=older, output_dir=str(tmp_path / "other"), lora_r=8)
+    assert said.startswith(f"--resume_from_checkpoint {older}: ")
+    # The same command again, and without naming the checkpoint: before it has one of its own.
+    for again in (older, "auto"):
+        assert (
+            opened(config, resume_from_checkpoint=again, output_dir=str(branch.root)).resume_from == branch.resume_from
+        )
+    assert "is another's" in refusal(config, resume_from_checkpoint=newest, output_dir=str(branch.root))
+    add_checkpoint(branch, 4, config)
+    assert opened(config, resume_from_checkpoint=older, output_dir=str(branch.root)).resume_from == branch.checkpoint(4)
+
+
+def test_a_restart_by_torchrun_needs_a_folder(config, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert refusal(config).startswith("--output_dir None: a restart would not find the run again")
+
+
+def test_the_lock_goes_with_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.3)
+    hold = "from pathlib import Path; from lora_dist.run_folder import RunFolder; import time\n"
+    hold += f"RunFolder(Path({str(tmp_path)!r})).lock(); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
+            RunFolder(tmp_path).lock()
+    finally:
+        holder.kill()
+        holder.wait()
+    RunFolder(tmp_path).lock()  # its file is still there, and means nothing
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(begun):
+    config, folder = begun
+    for step in (2, 4, 6, 8):
+        add_checkpoint(folder, step, config)
+    folder.prune_checkpoints(2, best_step=4)
+    assert [path.name for path in folder.saved_checkpoints()] == ["step-00000004", "step-00000006", "step-00000008"]

@@ -1,0 +1,57 @@
+"""What asks a run to stop, and what is made of numbers that stand out."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_dist import preemption
+from lora_dist.train import SPIKE_MIN_LOSSES, is_spike
+
+
+def test_wandbs_stop_button_asks_all_ranks(monkeypatch, tmp_path):
+    """Its default would raise KeyboardInterrupt in rank 0 alone."""
+    import wandb
+
+    from lora_dist import metrics
+    from lora_dist.run_folder import RunFolder
+
+    asked = {}
+
+    class Accelerator:
+        def init_trackers(self, project, config, init_kwargs):
+            asked.update(init_kwargs["wandb"])
+
+    monkeypatch.setattr(preemption, "_first_asked_s", None)
+    folder = RunFolder(tmp_path)
+    folder.wandb_run_id = "abc"
+    metrics._init_wandb(wandb, folder, Accelerator(), {}, offline=True)
+    assert not preemption.stop_asked()
+    asked["settings"].stop_fn()
+    assert preemption.stop_asked()
+    assert (asked["id"], asked["resume"]) == ("abc", "allow")  # and a run that goes on is one run there
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_second_signal_leaves_at_once(number):
+    code = "import time; from lora_dist import preemption; preemption.REPEAT_S = 0.2; preemption.install_handlers()\n"
+    code += "print('ready', flush=True)\nwhile True: time.sleep(0.01)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(0.4)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(10) == -number
+
+
+def test_a_spike_stands_out_of_the_recent_losses():
+    recent = [2.0 + 0.1 * (i % 3) for i in range(SPIKE_MIN_LOSSES)]
+    assert is_spike(4.0, recent) and not is_spike(2.3, recent) and not is_spike(1.0, recent)
+    assert not is_spike(4.0, recent[1:])  # too few to tell
+
+
+def test_the_signals_are_those_of_clusters():
+    assert set(preemption.SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
