@@ -9,6 +9,7 @@ There is no random state to save: whatever is drawn is drawn from the seed, the 
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import shutil
@@ -72,12 +73,17 @@ class Snapshot:
         return self.state["progress"]["step"]
 
 
+@functools.cache  # each is a file to read, and a save must not wait for that
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
 def numerics(run: Training) -> dict[str, str]:
     """What the bits of a step depend on, beside the settings."""
     on_gpu = run.accelerator.device.type == "cuda"
     return {
         "torch": torch.__version__,
-        "bitsandbytes": version("bitsandbytes"),
+        "bitsandbytes": versions()["bitsandbytes"],
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {cpu_capability()}",
         "threads": "any" if on_gpu else str(torch.get_num_threads()),
         "attention": str(run.model.config._attn_implementation),
@@ -103,7 +109,7 @@ def take_snapshot(run: Training, progress: Progress) -> Snapshot | None:
             "config": dataclasses.asdict(run.config),
             "world_size": run.accelerator.num_processes,
             "numerics": numerics(run),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
         },
     )
 

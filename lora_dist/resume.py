@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -25,26 +24,8 @@ OF_ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A run folder, as the other ranks are told of it."""
-
-    root: Path
-    resume_from: Path | None
-    begun: dict
-    wandb_run_id: str | None
-    restarts: int
-    notes: list[str] = field(default_factory=list)
-
-    def folder(self) -> RunFolder:
-        folder = RunFolder(self.root)
-        folder.resume_from, folder.begun = self.resume_from, self.begun
-        folder.wandb_run_id, folder.restarts = self.wandb_run_id, self.restarts
-        return folder
-
-
-def open_run(config: TrainConfig, recipe: str, begun: dict, num_shares: int) -> tuple[RunFolder, Opened]:
-    """Lock the run folder, and begin a run in it or go on with the one it holds. Rank 0 only.
+def open_run(config: TrainConfig, recipe: str, begun: dict, num_shares: int) -> tuple[RunFolder, list[str]]:
+    """Lock the run folder, and begin a run in it or go on with the one it holds. (Folder, what to say). Rank 0 only.
 
     `begun`: how this start would begin a run: num_ranks, micro_batches_per_step, mixed_precision, and a hash of the
     rows. A run that goes on keeps the micro-batches of its steps, whatever the `num_shares` they are divided into.
@@ -75,12 +56,12 @@ def open_run(config: TrainConfig, recipe: str, begun: dict, num_shares: int) -> 
         )
         folder.begun["from"] = str(checkpoint.resolve())
     folder.begin(config)
-    return folder, _opened(folder, notes)
+    return folder, notes
 
 
 def _go_on(
     folder: RunFolder, config: TrainConfig, begun: dict, num_shares: int, asked: Path | None
-) -> tuple[RunFolder, Opened]:
+) -> tuple[RunFolder, list[str]]:
     try:
         state = folder.read_state()
         then = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
@@ -114,11 +95,7 @@ def _go_on(
         folder.write_state("running", step)
     except OSError as error:
         raise UserError(f"--output_dir {folder.root}: cannot be written: {error.strerror}") from None
-    return folder, _opened(folder, notes)
-
-
-def _opened(folder: RunFolder, notes: list[str]) -> Opened:
-    return Opened(folder.root, folder.resume_from, folder.begun, folder.wandb_run_id, folder.restarts, notes)
+    return folder, notes
 
 
 def _find_checkpoint(path: Path) -> Path:

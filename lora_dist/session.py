@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained, parameter_counts
 from lora_dist.base_model import base_bytes, load_model_config, meta_model
-from lora_dist.checkpoint import PACKAGES
+from lora_dist.checkpoint import PACKAGES, versions
 from lora_dist.config import NothingToDo, TrainConfig, UserError, require
 from lora_dist.data import MicroBatches
 from lora_dist.freezing import quantized_share
@@ -264,15 +264,16 @@ def _open_run_folder(accelerator: Accelerator, *how) -> RunFolder:
     answer = [None]
     if accelerator.is_main_process:
         try:
-            own, answer[0] = open_run(*how)
+            answer[0] = open_run(*how)
         except (UserError, NothingToDo) as error:
             answer[0] = error
     broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
         raise answer[0]
-    for note in answer[0].notes:
+    folder, notes = answer[0]
+    for note in notes:
         accelerator.print(note)
-    return own if accelerator.is_main_process else answer[0].folder()
+    return folder
 
 
 def banner(run: Training, strategy: Strategy) -> str:
@@ -311,7 +312,7 @@ def metrics_log(run: Training, strategy: Strategy) -> MetricsLog:
         "strategy": strategy.name,
         "world_size": run.accelerator.num_processes,
         "mixed_precision": run.accelerator.mixed_precision,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": device_name(),
     }
     return MetricsLog(run.folder, run.accelerator, run.config, made)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,16 @@ def fork_ranks(*flags: str, timeout_s: int = 60, **kwargs) -> list[tuple[int, st
     """(exit code, stdout, stderr) of the recipe on each rank, as `forked_ranks` starts it."""
     with forked_ranks(*flags, **kwargs) as ranks:
         return ranks.wait(timeout_s)
+
+
+def assert_refused(ended: list[tuple[int, str, str]], expected: Sequence[str]) -> None:
+    """Bad input on 2 ranks: exit code 2 of both, one line from rank 0 with these words, and nothing else."""
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    (_, out, err), (_, *other) = ended
+    assert (out, other) == ("", ["", ""])
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for words in expected:
+        assert words in err
 
 
 @contextlib.contextmanager

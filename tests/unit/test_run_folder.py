@@ -36,8 +36,8 @@ def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
 
 
 def opened(config: TrainConfig, begun: dict | None = None, num_shares: int = 2, **changes) -> RunFolder:
-    folder, opened = open_run(dataclasses.replace(config, **changes), "opt_quotes", BEGUN | (begun or {}), num_shares)
-    folder.notes = opened.notes
+    folder, notes = open_run(dataclasses.replace(config, **changes), "opt_quotes", BEGUN | (begun or {}), num_shares)
+    folder.notes = notes
     return folder
 
 
