@@ -9,7 +9,6 @@ There is no random state to save: whatever is drawn is drawn from the seed, the 
 """
 
 import dataclasses
-import functools
 import json
 import platform
 import shutil
@@ -17,7 +16,6 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -31,11 +29,11 @@ from torch.backends.cpu import get_cpu_capability as cpu_capability
 from lora_dist.adapters import check_identical, save_adapter, trainable_parameters
 from lora_dist.config import RunFailed
 from lora_dist.manifest import sync_files, write_manifest, write_whole
+from lora_dist.packages import versions
 from lora_dist.reduction import any_rank
 from lora_dist.step import Training
 from lora_dist.zero import load_zero2_state, zero2_state
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 RECENT_LOSSES = 50  # that a loss is compared with
 
@@ -71,11 +69,6 @@ class Snapshot:
     @property
     def step(self) -> int:
         return self.state["progress"]["step"]
-
-
-@functools.cache  # each is a file to read, and a save must not wait for that
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 def numerics(run: Training) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """metrics.jsonl is the truth, Weights & Biases its mirror. Rank 0 only."""
 
+import contextlib
 import json
 import netrc
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import ParseResult, urlparse
 
@@ -36,7 +38,18 @@ class MetricsLog:
             line = json.dumps({"train/global_step": step, "time": round(time.time(), 3), **values}) + "\n"
             self.waiting += line.encode()
             self._write()
-            self.accelerator.log({"train/global_step": step, **values}, step=step)
+            with self._mirror():
+                self.accelerator.log({"train/global_step": step, **values}, step=step)
+
+    @contextlib.contextmanager
+    def _mirror(self) -> Iterator[None]:
+        """Whatever becomes of the mirror, the run goes on: Slurm's SIGTERM ends wandb's own process before ours."""
+        try:
+            yield
+        except Exception as error:
+            self.accelerator.trackers.clear()
+            why = f"{type(error).__name__}: {error}"
+            print(f"warning: wandb is gone ({why}); metrics.jsonl goes on", file=sys.stderr, flush=True)
 
     def _write(self) -> None:
         try:
@@ -56,10 +69,9 @@ class MetricsLog:
         if self.file:
             self._write()
             self.file.close()
-            for (
-                tracker
-            ) in self.accelerator.trackers:  # not accelerator.end_training, which also leaves the process group
-                tracker.finish()
+            with self._mirror():  # not accelerator.end_training, which also leaves the process group
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
 
 
 def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict) -> None:

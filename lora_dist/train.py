@@ -34,6 +34,10 @@ def train(run: Training, metrics: MetricsLog) -> dict:
     progress = restore(run) if run.folder.resume_from else Progress()
     why = f"the run is at step {progress.step} already; give more"
     require(progress.step <= run.num_steps, "max_steps", run.num_steps, why)
+    run.folder.num_steps = run.num_steps
+    if run.accelerator.is_main_process:
+        with contextlib.suppress(OSError):  # a full disk
+            run.folder.write_state("running", progress.step)
     saver = Saver(run)
     bar = _progress_bar(run, progress)
     run.model.train()
@@ -190,6 +194,7 @@ def save_adapter_checked(run: Training) -> None:
         sync_files(run.folder.partial_name(folder))
     run.accelerator.wait_for_everyone()
     verify_adapter(run.model, run.folder.partial_name(folder), run.probe, autocast=run.accelerator.autocast)
+    run.accelerator.wait_for_everyone()  # another node's ranks may be reading it still
     if run.accelerator.is_main_process:
         run.folder.put_in_place(run.folder.partial_name(folder), folder)
 
