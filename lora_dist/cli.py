@@ -2,40 +2,66 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
+import os
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
 from lora_dist.config import TrainConfig, UserError, end_process, parse_config
 from lora_dist.embedded import EMBEDDED
+from lora_dist.slurm import FLAGS, SlurmOptions
 from lora_dist.strategies import STRATEGIES
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_generate, _add_quantize, _add_report, _add_strategies):
+    for add in (
+        _add_doctor, _add_generate, _add_prepare, _add_quantize, _add_report, _add_status, _add_strategies, _add_submit
+    ):  # fmt: skip
         add(commands)
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.run is not _doctor:
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    argv, recipe = _split_at_recipe(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(argv)
+    args.recipe, args.flags = recipe[:1], recipe[1:] or unknown
+    takes_flags = args.run in (_doctor, _submit, _prepare)
+    if unknown and not takes_flags:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.unknown = unknown
     end_process(partial(args.run, args))
+
+
+def _split_at_recipe(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Of `submit` and `prepare`: (the words before the recipe, the recipe and its flags)."""
+    if argv[:1] in (["submit"], ["prepare"]):
+        for position, word in enumerate(argv):
+            if word.endswith(".py"):
+                return argv[:position], argv[position:]
+    return argv, []
 
 
 def _add_doctor(commands) -> None:
     command = commands.add_parser(
-        "doctor", help="check data before training on it",
-        description="Tokenize data as a recipe will, say what is odd in it, and show which tokens are trained on. "
-        "Takes the recipes' flags too; with --strict true what is odd is exit code 2.",
-        epilog="Example: lora-dist doctor --data chats.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct "
-        "--max_length 2048",
+        "doctor", help="check data, or the ranks of a job, before training",
+        description="With --data: tokenize data as a recipe will, say what is odd in it, and show which tokens are "
+        "trained on; takes the recipes' flags too, and with --strict true what is odd is exit code 2. With "
+        "--distributed, started on every rank: look at devices, versions, disks and links, and name what is odd.",
+        epilog="Examples: lora-dist doctor --data chats.jsonl --model_name_or_path Qwen/Qwen2.5-7B-Instruct "
+        "--max_length 2048; torchrun --nproc_per_node 2 -m lora_dist.cli doctor --distributed",
     )  # fmt: skip
-    command.add_argument("--data", required=True, metavar="NAME", help="as a recipe's --dataset_name")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="NAME", help="as a recipe's --dataset_name")
+    what.add_argument("--distributed", action="store_true", help="look at the ranks of this job")
+    command.add_argument("--run_folder", default="runs", metavar="DIR", help="--distributed: must be seen by all ranks")
     command.add_argument("--json", action="store_true", help="print the counts, warnings and examples as JSON")
     command.set_defaults(run=_doctor)
 
 
 def _doctor(args) -> None:
+    if args.distributed:
+        return _doctor_distributed(args)
     config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.flags])
     from lora_dist.formats import load_tokenizer, marked
     from lora_dist.rows import prepare_rows
@@ -50,6 +76,17 @@ def _doctor(args) -> None:
     print(data.table())
     for number, example in enumerate(examples, 1):
         print(f"\nexample {number}, as {config.model_name_or_path} reads it; trained on between ⟦ and ⟧:\n{example}")
+
+
+def _doctor_distributed(args) -> None:
+    if args.unknown:
+        raise UserError(f"{args.unknown[0]}: no flag of doctor --distributed; it has --run_folder and --json")
+    from lora_dist.preflight import inspect_ranks, joined_ranks
+
+    with joined_ranks() as device:
+        report = inspect_ranks(Path(args.run_folder), device)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(report.as_dict()) if args.json else report.table(), flush=True)
 
 
 def _add_generate(commands) -> None:
@@ -87,6 +124,57 @@ def _generate(args) -> None:
     )
     completion = tokenizer.decode(out[0], skip_special_tokens=True)
     print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
+
+
+def _add_prepare(commands) -> None:
+    command = commands.add_parser(
+        "prepare", help="download and check all that a recipe needs, before a job burns GPU time", allow_abbrev=False,
+        description="Download the base, tokenize the data, and check both with a recipe's settings and the job's "
+        "ranks, without a GPU. Everything after the recipe is its flags. With the recipe's defaults of a GPU, unless "
+        "--ranks-per-node is given without --gpus-per-node.",
+        epilog="Example: lora-dist prepare --gpus-per-node 8 recipes/opt_quotes.py --quantization nf4",
+        usage="lora-dist prepare [OPTIONS] RECIPE [FLAGS]",
+    )  # fmt: skip
+    _add_slurm_options(command)
+    command.set_defaults(run=_prepare, also=[])
+
+
+def _prepare(args) -> None:
+    from lora_dist.submission import prepare
+
+    if args.gpus_per_node == 0 and args.ranks_per_node is None:
+        args.gpus_per_node = 1
+    prepare(_read_submission(args))
+
+
+def _add_slurm_options(command) -> None:
+    command.add_argument(
+        "--config_file", metavar="FILE.yaml",
+        help="accelerate's config (default: accelerate_configs/hsdp.yaml on several machines with several ranks, "
+        "single.yaml for one rank, else fsdp.yaml)",
+    )  # fmt: skip
+    for field in dataclasses.fields(SlurmOptions):
+        text = field.metadata["help"]
+        more = {"action": "append"} if field.name in ("sbatch", "setup") else {}
+        more["default"] = [] if more else field.default
+        more["type"] = int if isinstance(field.default, int) or field.name == "ranks_per_node" else str
+        if field.default not in (None, dataclasses.MISSING):
+            text = f"{text} Default: {field.default}."
+        command.add_argument(f"--{FLAGS[field.name]}", help=text, **more)
+
+
+def _read_submission(args):
+    from lora_dist.submission import read_submission
+
+    valid = ["--config_file", *(f"--{flag}" for flag in FLAGS.values()), *args.also]
+    for word in args.unknown:
+        guess = difflib.get_close_matches(word.partition("=")[0], valid, 1)
+        hint = f"did you mean {guess[0]}?" if guess else f"the options before the recipe are {' '.join(valid)}"
+        raise UserError(f"{word}: no such option; {hint}")
+    if not args.recipe:
+        raise UserError("recipe: none is given; end with e.g. recipes/opt_quotes.py and its flags")
+    options = SlurmOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SlurmOptions)})
+    return read_submission(args.recipe[0], args.flags, args.config_file, options)
 
 
 def _add_quantize(commands) -> None:
@@ -144,6 +232,29 @@ def _report(args) -> None:
     print(folder.report)
 
 
+def _add_status(commands) -> None:
+    command = commands.add_parser(
+        "status", help="say how far a run is, and what its job does",
+        description="Say how far a run is, how fast it goes, when it will be done, and what Slurm says of its job. "
+        "Several runs, of a sweep, become a table.",
+        epilog="Example: lora-dist status runs/nf4",
+    )  # fmt: skip
+    command.add_argument("run_folders", nargs="+", metavar="RUN")
+    command.add_argument("--json", action="store_true", help="print it as JSON, a list where several runs are given")
+    command.set_defaults(run=_status)
+
+
+def _status(args) -> None:
+    from lora_dist.status import comparison, read_status
+
+    found = [read_status(Path(folder)) for folder in args.run_folders]
+    if args.json:
+        rows = [status.as_dict() for status in found]
+        print(json.dumps(rows if len(rows) > 1 else rows[0], indent=2))
+    else:
+        print(comparison(found) if len(found) > 1 else found[0].text())
+
+
 def _add_strategies(commands) -> None:
     command = commands.add_parser(
         "strategies", help="list the ways to place the base",
@@ -165,6 +276,52 @@ def _strategies(args) -> None:
         print(f"  moves in a step: {row['traffic_per_step']}")
         refuses = f" | refuses {' '.join(row['refuses'])}" if row["refuses"] else ""
         print(f"  quantization {' '.join(row['quantizations'])}{refuses}")
+
+
+def _add_submit(commands) -> None:
+    command = commands.add_parser(
+        "submit", help="submit a recipe to Slurm", allow_abbrev=False,
+        description="Write a plain sbatch file for a recipe into its run folder, with copies of the code and of all "
+        "settings, and give it to Slurm. The job saves before its time is up and requeues itself until the run is "
+        "completed. Everything after the recipe is its flags.",
+        epilog="Example: lora-dist submit --nodes 2 --gpus-per-node 8 --time 4:00:00 --partition gpu "
+        "recipes/opt_quotes.py --output_dir runs/a",
+        usage="lora-dist submit [OPTIONS] RECIPE [FLAGS]",
+    )  # fmt: skip
+    _add_slurm_options(command)
+    command.add_argument(
+        "--prepare", default="here", choices=("here", "job", "no"),
+        help="download and check what the run needs before it is submitted, in a job without GPUs that it waits for, "
+        "or not at all. Default: here.",
+    )  # fmt: skip
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the file and what Slurm thinks of it; submit nothing"
+    )
+    command.add_argument("--json", action="store_true", help="print {job_id, log, ...} as JSON")
+    command.set_defaults(run=_submit, also=["--prepare", "--dry-run", "--json"])
+
+
+def _submit(args) -> None:
+    from lora_dist import slurm, submission
+
+    asked = _read_submission(args)
+    command = f"lora-dist {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}"
+    if args.dry_run:
+        text = slurm.render(submission.job_of(asked, command, offline=args.prepare != "no"))
+        print(text, end="", flush=True)
+        print(slurm.test_only(text), file=sys.stderr)
+        return
+    if args.prepare == "here":
+        submission.prepare(asked, quiet=args.json)
+    submitted = submission.submit(asked, command, prepare=args.prepare)
+    if args.json:
+        print(json.dumps(submitted))
+        return
+    run = asked.config.output_dir
+    print(f"job {submitted['job_id']}: {run}/job/job.sbatch")
+    print(f"log: {submitted['log']}")
+    print(f"follow: tail -F {submitted['log']}")
+    print(f"status: lora-dist status {run}")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,9 @@ class TrainConfig:
     max_bad_steps: int = setting(3, "End the run after so many steps in a row whose loss or gradient is not finite.")
     max_failed_saves: int = setting(3, "End the run after so many checkpoints in a row that could not be written.")
     rank_timeout_s: float = setting(60, "Take a rank for dead that gave no sign of life for so many seconds.")
+    prepare_only: bool = setting(
+        False, "Download the base, tokenize the data and check both with the other settings, then leave; needs no GPU."
+    )
     step_timeout_s: float = setting(
         600, "Take a run for stalled, and end it, where no micro-batch was done for so many seconds; 0 for never."
     )
@@ -253,7 +256,7 @@ FREE_ON_RESUME = set(
     "quantized_cache resident_layers shard_size memory_budget_gib gather_once deepspeed gradient_checkpointing strict "
     "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit output_dir resume_from_checkpoint "
     "allow_config_change max_bad_steps max_failed_saves rank_timeout_s step_timeout_s report_to sample_prompt "
-    "push_to_hub hub_model_id".split()
+    "push_to_hub hub_model_id prepare_only".split()
 )
 # These do, and may where --allow_config_change names them; mixed_precision is the launcher's. What is in neither set
 # gives the state another shape, or the data another order.
@@ -274,6 +277,21 @@ def _check_allowed_changes(names: Iterable[str]) -> None:
         require(name in known, "allow_config_change", name, f"no such setting; {hint}")
         require(name not in FREE_ON_RESUME, "allow_config_change", name, "may change without being named here")
         require(name in ASK_ON_RESUME, "allow_config_change", name, f"cannot change in a run; {able}")
+
+
+def fill_in(config: TrainConfig, defaults: TrainConfig, chosen: dict) -> TrainConfig:
+    """With the base and data of `chosen` where no flag names them.
+
+    `chosen` holds settings: those of the data (dataset_...) take effect where no flag names the data, the others where
+    no flag names the base; all of them only in place of the recipe's `defaults`.
+    """
+    for name in ("model_name_or_path", "dataset_name"):
+        if getattr(config, name) is None:
+            of_data = name == "dataset_name"
+            fitting = {key: value for key, value in chosen.items() if key.startswith("dataset") == of_data}
+            unset = {key: value for key, value in fitting.items() if getattr(config, key) == getattr(defaults, key)}
+            config = dataclasses.replace(config, **unset)
+    return config
 
 
 def require(condition, name: str, value, rule: str) -> None:
@@ -306,7 +324,7 @@ def parse_config(defaults: TrainConfig, argv: list[str], *, description: str = "
             settings.pop(other, None)
         if f"--{name}" in argv or settings.get(name) is not None:
             parser.set_defaults(**{other: None})
-    argv = _as_flags(settings) + argv
+    argv = as_flags(settings) + argv
     config, _, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -327,7 +345,7 @@ def _read_yaml(path: Path) -> dict:
     return settings
 
 
-def _as_flags(settings: dict) -> list[str]:
+def as_flags(settings: dict) -> list[str]:
     """{"lora_r": 8} as ["--lora_r", "8"], so that a file is read with the types and errors of the command line."""
     flags = []
     for name, value in settings.items():

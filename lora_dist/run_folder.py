@@ -29,11 +29,14 @@ class RunFolder:
         self.bad_steps = root / "bad_steps.jsonl"
         self.report = root / "report.html"
         self.adapter = root / "adapter"
+        self.job = root / "job"  # of `lora-dist submit`
+        self.logs = root / "logs"
         self.checkpoints = root / "checkpoints"
         self.resume_from: Path | None = None
         self.begun: dict = {}
         self.wandb_run_id: str | None = None
         self.restarts = 0
+        self.num_steps: int | None = None  # known once the data is laid out
 
     def lock(self) -> None:
         """Make the folder, and keep other runs out of it until this process ends, however it ends. Raises UserError.
@@ -73,10 +76,12 @@ class RunFolder:
     def write_config(self, config: TrainConfig) -> None:
         write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
-    def write_state(self, status: str, step: int, summary: dict | None = None) -> None:
+    def write_state(self, status: str, step: int, summary: dict | None = None, *, rank_lost: bool = False) -> None:
+        """`step`: the last one saved. `rank_lost`: whether the run failed because a rank or its machine was gone."""
         assert status in STATUSES
         state = {
-            "status": status, "step": step, "restarts": self.restarts, "wandb_run_id": self.wandb_run_id,
+            "status": status, "step": step, "num_steps": self.num_steps, "restarts": self.restarts,
+            "rank_lost": rank_lost, "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "wandb_run_id": self.wandb_run_id,
             "begun": self.begun, "summary": summary,
         }  # fmt: skip
         write_whole(self.state, json.dumps(state, indent=2) + "\n")
@@ -84,10 +89,10 @@ class RunFolder:
     def read_state(self) -> dict:
         return json.loads(self.state.read_text(encoding="utf-8"))
 
-    def record_failure(self, why: str) -> None:
+    def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
         """Say failed, at the step that was last saved; where that cannot be written, it is not."""
         with contextlib.suppress(OSError):
-            self.write_state("failed", self.read_state()["step"], {"error": why})
+            self.write_state("failed", self.read_state()["step"], {"error": why}, rank_lost=rank_lost)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dist.adapters import add_adapters, check_identical, check_targets, is_trained, parameter_counts
 from lora_dist.base_model import base_bytes, load_model_config, meta_model
-from lora_dist.checkpoint import PACKAGES, versions
-from lora_dist.config import NothingToDo, TrainConfig, UserError, require
+from lora_dist.config import NothingToDo, TrainConfig, UserError, fill_in, require
 from lora_dist.data import MicroBatches
 from lora_dist.freezing import quantized_share
 from lora_dist.metrics import MetricsLog
+from lora_dist.packages import PACKAGES, versions
 from lora_dist.packing import check_packing
 from lora_dist.placement import agree, choose_placement, describe
 from lora_dist.quantized_cache import load_cached_base
@@ -42,6 +42,7 @@ from lora_dist.strategies import Launch, Placement, Strategy, world_size
 from lora_dist.tasks import TASKS, Task
 from lora_dist.train import peak_memory_bytes, save_adapter_checked
 from lora_dist.watchdog import Watchdog
+from lora_dist.weights import open_weights, weight_files
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Another node may have to tokenize what this one has in its cache; once the ranks have met, silence is a fault.
@@ -53,22 +54,15 @@ def choose_defaults(
 ) -> tuple[TrainConfig, str]:
     """The recipe's base and data on a GPU, the embedded ones without; and one line that says which and why.
 
-    Raises UserError where there is no such base, or nobody is logged in to push to the hub.
-    `gpu` and `embedded` hold settings: those of the data (dataset_...) take effect where no flag names the data, the
-    others where no flag names the base; all of them only in place of the recipe's `defaults`.
+    `gpu` and `embedded` are settings as `fill_in` takes them. Raises UserError where there is no such base, or nobody
+    is logged in to push to the hub.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, why = torch.cuda.is_available(), "as asked"
     if config.push_to_hub and not get_token():
         raise UserError("--push_to_hub True: no hub token here; log in with `hf auth login`, or set HF_TOKEN")
-    why = "as asked"
-    for name in ("model_name_or_path", "dataset_name"):
-        if getattr(config, name) is None:
-            why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
-            chosen = gpu if on_gpu else embedded
-            of_data = name == "dataset_name"
-            fitting = {key: value for key, value in chosen.items() if key.startswith("dataset") == of_data}
-            unset = {key: value for key, value in fitting.items() if getattr(config, key) == getattr(defaults, key)}
-            config = dataclasses.replace(config, **unset)
+    if config.model_name_or_path is None or config.dataset_name is None:
+        why = "a GPU is there" if on_gpu else "no GPU here: what no flag names is the embedded one"
+        config = fill_in(config, defaults, gpu if on_gpu else embedded)
     load_model_config(config.model_name_or_path)  # raises where there is none
     return config, f"base: {config.model_name_or_path}, data: {config.dataset_name} ({why})"
 
@@ -229,7 +223,15 @@ def device_name() -> str:
 def open_session(
     config: TrainConfig, recipe: str, launch: Launch, data: Data
 ) -> Iterator[tuple[Accelerator, RunFolder]]:
-    """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded."""
+    """The ranks and their run folder; at the end, however it comes, they leave, and a failure is recorded.
+
+    With --prepare_only, what comes before them was all: the base is downloaded too, and NothingToDo raised.
+    """
+    if config.prepare_only:
+        files = weight_files(config.model_name_or_path)  # downloads them
+        open_weights(files)  # raises where one is damaged
+        size = sum(path.stat().st_size for path in files)
+        raise NothingToDo(f"{data.table()}\nprepared: {config.model_name_or_path} ({mib(size)}), {config.dataset_name}")
     accelerator, folder, watchdog, done = start_ranks(launch.mixed_precision), None, None, False
     try:
         check_same_on_all_ranks(config, launch)
@@ -272,7 +274,7 @@ def _open_run_folder(accelerator: Accelerator, *how) -> RunFolder:
         raise answer[0]
     folder, notes = answer[0]
     for note in notes:
-        accelerator.print(note)
+        accelerator.on_main_process(print)(note)  # its own print speaks on every machine
     return folder
 
 

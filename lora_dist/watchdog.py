@@ -69,6 +69,7 @@ class Verdict:
     speaker: int = 0  # the rank that prints it
     exit_code: int = 1
     stalled: bool = False
+    rank_lost: bool = False
     patience_s: float = 0.0
 
 
@@ -137,7 +138,7 @@ class Watchdog:
                 where = os.environ.get("MASTER_ADDR", "rank 0's machine")
                 why = str(error).splitlines()[0]
                 line = f"the rendezvous store on {where} does not answer ({why}); last completed step: {_moves.step}"
-                verdict = self._gone_neighbour() or Verdict(line, speaker=self.rank)
+                verdict = self._gone_neighbour() or Verdict(line, speaker=self.rank, rank_lost=True)
             if verdict and not self._stopped.wait(verdict.patience_s):
                 self._leave(verdict)
 
@@ -166,7 +167,7 @@ class Watchdog:
                 del self._neighbours[rank]
             elif not self._stopped.wait(INTERVAL_S):  # those beside this one come to the same verdict
                 first = min(other for other in {self.rank, *self._neighbours} - {rank})
-                return Verdict(self._line(rank, "is gone"), speaker=first if rank == 0 else 0)
+                return Verdict(self._line(rank, "is gone"), speaker=first if rank == 0 else 0, rank_lost=True)
         return None
 
     def _silent_rank(self) -> Verdict | None:
@@ -178,7 +179,7 @@ class Watchdog:
             self._last_sign = sign, now
         elif now - at_s > self.rank_timeout_s and not self._has_left(rank):
             what = f"gave no sign of life for {now - at_s:.0f} s"
-            return Verdict(self._line(rank, what), speaker=self.rank if rank == 0 else 0)
+            return Verdict(self._line(rank, what), speaker=self.rank if rank == 0 else 0, rank_lost=True)
         return None
 
     def _has_left(self, rank: int) -> bool:
@@ -215,7 +216,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
-            self.folder.record_failure(verdict.line)
+            self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost)
         sys.stdout.flush()
         os._exit(verdict.exit_code)
 

@@ -125,6 +125,7 @@ def test_killed_after_every_step(undisturbed, tmp_path):
     assert summary(folder)["restarts"] == STEPS - 1
 
 
+@pytest.mark.slow
 def test_into_and_out_of_deepspeed(undisturbed, tmp_path):
     """On 2 ranks DeepSpeed rounds no differently, so that even here every byte is the same."""
     flags, how, whole = undisturbed

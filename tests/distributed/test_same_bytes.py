@@ -90,7 +90,9 @@ PLACEMENTS = {
 FEW = ("1 rank", "2 ranks, zero3", "2 ranks, pipeline", "3 ranks, fsdp")
 
 
-@pytest.mark.parametrize("quantization, mixed_precision", [("int8", "bf16"), ("nf4", "no")])
+@pytest.mark.parametrize(
+    "quantization, mixed_precision", [("int8", "bf16"), pytest.param("nf4", "no", marks=pytest.mark.slow)]
+)
 def test_one_adapter_at_any_world_size_and_placement(config, tmp_path, quantization, mixed_precision):
     names = PLACEMENTS if (quantization, mixed_precision) == ("int8", "bf16") else FEW
     assert_one_adapter(config, tmp_path, quantization, mixed_precision, names)

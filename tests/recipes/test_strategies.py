@@ -47,7 +47,7 @@ def single(tmp_path_factory):
 
 
 # Their placement is among those of tests/distributed/test_same_bytes.py, which is fast.
-SLOW = ("hsdp", "fsdp_offload", "zero2", "zero3_offload", "pipeline")
+SLOW = ("ddp", "hsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload", "pipeline")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import yaml
 from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-ORDER = """__init__ embedded preemption config deepspeed_config strategies sources tasks formats labels rows
+ORDER = """__init__ embedded packages preemption config deepspeed_config strategies sources tasks formats labels rows
     packing data context_parallel manifest weights quantization serialization sharding zero freezing
     reduction pipeline base_model quantized_cache placement adapters run_folder resume watchdog metrics scores report
-    step evaluation checkpoint train session cli""".split()
+    step evaluation checkpoint train session preflight slurm submission status cli""".split()
 
 
 def test_modules_import_only_earlier_ones():
@@ -24,7 +24,7 @@ def test_modules_import_only_earlier_ones():
 
 
 def test_config_and_strategies_import_no_torch():
-    for module in ("preemption", "config", "deepspeed_config", "strategies", "embedded/__init__"):
+    for module in ("preemption", "config", "deepspeed_config", "strategies", "embedded/__init__", "slurm", "status"):
         names = [
             alias.name if isinstance(node, ast.Import) else node.module
             for node in ast.walk(ast.parse((ROOT / f"lora_dist/{module}.py").read_text()))
