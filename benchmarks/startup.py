@@ -1,0 +1,96 @@
+"""What a rank does before its first step, by the number of ranks: CPU seconds, and bytes between ranks.
+
+    unshare --net bash -c 'ip link set lo up; python benchmarks/startup.py'
+
+All ranks share the cores of one machine, so wall time says nothing: CPU seconds of each rank are counted, imports left
+out. In a network namespace of its own all bytes of the loopback device are the ranks'.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+os.chdir(ROOT)
+
+import conftest  # noqa: E402, F401
+from ranks import fork_ranks  # noqa: E402
+
+FLAGS = "--max_steps 6 --warmup_steps 2 --report_to none --eval_fraction 0 --dataset_test_split none --save_steps 0"
+FLAGS += " --gradient_accumulation_steps 1 --per_device_train_batch_size 1 --sample_prompt"
+PHASES = ("meet", "load", "first step", "a step later")
+
+
+def loopback_bytes() -> int:
+    (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    return int(line.split()[1])
+
+
+def count_into(folder: Path):
+    """For each rank: CPU seconds and the loopback's bytes at the end of each phase."""
+
+    def patch(rank: int) -> None:
+        from lora_dist import session, train
+
+        marks = [(time.process_time(), loopback_bytes())]
+
+        def mark() -> None:
+            marks.append((time.process_time(), loopback_bytes()))
+            (folder / f"{rank}.json").write_text(json.dumps(marks))
+
+        open_session, prepare, step = session.open_session, session.prepare_training, train.train_step
+
+        @contextlib.contextmanager
+        def opened(*args):
+            marks[:] = [(time.process_time(), loopback_bytes())]
+            with open_session(*args) as what:
+                mark()
+                yield what
+
+        def prepared(*args):
+            run = prepare(*args)
+            mark()
+            return run
+
+        def stepped(*args):
+            result = step(*args)
+            if len(marks) <= len(PHASES):
+                mark()
+            return result
+
+        session.open_session, session.prepare_training, train.train_step = opened, prepared, stepped
+
+    return patch
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    print("| ranks | " + " | ".join(f"{phase}: CPU s a rank | KB a rank" for phase in PHASES) + " |")
+    print("|---" * (1 + 2 * len(PHASES)) + "|")
+    for num_ranks in parser.parse_args().ranks:
+        with tempfile.TemporaryDirectory() as name:
+            flags = [*FLAGS.split(), "", "--output_dir", f"{name}/run"]
+            strategy = "fsdp" if num_ranks > 1 else "ddp"
+            env = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+            patch = count_into(Path(name))
+            ended = fork_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=env, patch=patch, timeout_s=300)
+            assert [code for code, _, _ in ended] == [0] * num_ranks, ended
+            marks = [json.loads(Path(f"{name}/{rank}.json").read_text()) for rank in range(num_ranks)]
+        cells = [str(num_ranks)]
+        for phase in range(len(PHASES)):
+            cpu_s = statistics.median(of_rank[phase + 1][0] - of_rank[phase][0] for of_rank in marks)
+            moved = statistics.median(of_rank[phase + 1][1] - of_rank[phase][1] for of_rank in marks)
+            cells += [f"{cpu_s:.3f}", f"{moved / num_ranks / 1e3:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
