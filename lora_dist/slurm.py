@@ -129,7 +129,7 @@ def render(job: Job) -> str:
     body = Path(__file__).with_name("job_body.sh").read_text(encoding="utf-8")
     return "\n".join([
         "#!/bin/bash",
-        f"# {job.about}",
+        _comment(job.about),
         *(f"#SBATCH --{line}" for line in _directives(job)),
         "",
         _ON_SIGNAL,
@@ -152,13 +152,17 @@ def render(job: Job) -> str:
     ])  # fmt: skip
 
 
+def _comment(text: str) -> str:
+    return f"# {' '.join(text.splitlines())}"  # the second line of a prompt would be bash
+
+
 def render_prepare(job: Job) -> str:
     """The sbatch file of the job that prepares for this one: one task, no GPU."""
     options = job.options
     asked = {name: getattr(options, name) for name in ("partition", "account", "qos")}
     return "\n".join([
         "#!/bin/bash",
-        f"# {job.about}",
+        _comment(job.about),
         f"#SBATCH --job-name={job.name}-prepare",
         "#SBATCH --ntasks=1",
         *(f"#SBATCH --{name}={value}" for name, value in asked.items() if value),

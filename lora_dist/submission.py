@@ -92,15 +92,10 @@ def _launcher_env(config_file: Path, num_ranks: int) -> dict[str, str]:
         prepare_simple_launcher_cmd_env,
     )
 
-    words = [
-        "--config_file",
-        str(config_file),
-        "--num_processes",
-        str(num_ranks),
-        *_launcher_flags(config_file, num_ranks),
-    ]
+    words = ["--config_file", str(config_file), "--num_processes", str(num_ranks), "--main_process_port", "0"]
+    words += [*_launcher_flags(config_file, num_ranks), "recipe.py"]
     try:
-        args = launch.launch_command_parser().parse_args([*words, "--main_process_port", "0", "recipe.py"])
+        args = launch.launch_command_parser().parse_args(words)
         args, defaults, _ = launch._validate_launch_command(args)
         if args.use_deepspeed:
             args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -218,7 +213,8 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
         after = []
         if prepare == "job":
             first = script.with_name("prepare.sbatch")
-            write_whole(first, slurm.render_prepare(job_of(submission, command, offline=False)))
+            one_task = dataclasses.replace(submission, options=dataclasses.replace(submission.options, launcher="srun"))
+            write_whole(first, slurm.render_prepare(job_of(one_task, command, offline=False)))
             submitted["prepare_job_id"] = slurm.submit(first)
             after = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
         submitted["job_id"] = slurm.submit(script, *after)

@@ -58,6 +58,12 @@ def test_golden_of_the_job_that_prepares():
     golden("prepare", render_prepare(GOLDEN["64_nodes"]))
 
 
+def test_a_flag_of_two_lines_is_no_bash():
+    two_lines = dataclasses.replace(GOLDEN["one_node"], about="lora-dist submit --sample_prompt 'a\nrm -r b'")
+    for text in (render(two_lines), render_prepare(two_lines)):
+        assert text.splitlines()[1] == "# lora-dist submit --sample_prompt 'a rm -r b'"
+
+
 def test_ready_scripts_are_what_is_rendered():
     spec = importlib.util.spec_from_file_location("write", ROOT / "launch/slurm/write.py")
     module = importlib.util.module_from_spec(spec)
