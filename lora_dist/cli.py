@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import shlex
@@ -10,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lora_dist.config import TrainConfig, UserError, end_process, parse_config
+from lora_dist.config import TrainConfig, UserError, did_you_mean, end_process, parse_config
 from lora_dist.embedded import EMBEDDED
 from lora_dist.slurm import FLAGS, SlurmOptions
 from lora_dist.strategies import STRATEGIES
@@ -24,12 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     ):  # fmt: skip
         add(commands)
     argv, recipe = _split_at_recipe(sys.argv[1:] if argv is None else argv)
-    args, unknown = parser.parse_known_args(argv)
-    args.recipe, args.flags = recipe[:1], recipe[1:] or unknown
-    takes_flags = args.run in (_doctor, _submit, _prepare)
-    if unknown and not takes_flags:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.unknown = unknown
+    args, args.unknown = parser.parse_known_args(argv)
+    args.recipe = recipe
+    if args.unknown and args.run not in (_doctor, _submit, _prepare):  # they say more of it
+        parser.error(f"unrecognized arguments: {' '.join(args.unknown)}")
     end_process(partial(args.run, args))
 
 
@@ -62,7 +59,7 @@ def _add_doctor(commands) -> None:
 def _doctor(args) -> None:
     if args.distributed:
         return _doctor_distributed(args)
-    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.flags])
+    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.unknown])
     from lora_dist.formats import load_tokenizer, marked
     from lora_dist.rows import prepare_rows
 
@@ -85,7 +82,7 @@ def _doctor_distributed(args) -> None:
 
     with joined_ranks() as device:
         report = inspect_ranks(Path(args.run_folder), device)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(report.as_dict()) if args.json else report.table(), flush=True)
 
 
@@ -168,13 +165,13 @@ def _read_submission(args):
 
     valid = ["--config_file", *(f"--{flag}" for flag in FLAGS.values()), *args.also]
     for word in args.unknown:
-        guess = difflib.get_close_matches(word.partition("=")[0], valid, 1)
-        hint = f"did you mean {guess[0]}?" if guess else f"the options before the recipe are {' '.join(valid)}"
-        raise UserError(f"{word}: no such option; {hint}")
+        every = f"the options before the recipe are {' '.join(valid)}"
+        raise UserError(f"{word}: no such option; {did_you_mean(word.partition('=')[0], valid, every)}")
     if not args.recipe:
         raise UserError("recipe: none is given; end with e.g. recipes/opt_quotes.py and its flags")
     options = SlurmOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SlurmOptions)})
-    return read_submission(args.recipe[0], args.flags, args.config_file, options)
+    recipe, *flags = args.recipe
+    return read_submission(recipe, flags, args.config_file, options)
 
 
 def _add_quantize(commands) -> None:
@@ -309,7 +306,7 @@ def _submit(args) -> None:
     if args.dry_run:
         text = slurm.render(submission.job_of(asked, command, offline=args.prepare != "no"))
         print(text, end="", flush=True)
-        print(slurm.test_only(text), file=sys.stderr)
+        print(slurm.expected_start(text), file=sys.stderr)
         return
     if args.prepare == "here":
         submission.prepare(asked, quiet=args.json)

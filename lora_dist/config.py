@@ -272,9 +272,7 @@ def _check_allowed_changes(names: Iterable[str]) -> None:
     known = {field.name for field in dataclasses.fields(TrainConfig)} | ASK_ON_RESUME
     able = f"these can change in a run: {' '.join(sorted(ASK_ON_RESUME))}"
     for name in names:
-        guess = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {guess[0]}?" if guess else able
-        require(name in known, "allow_config_change", name, f"no such setting; {hint}")
+        require(name in known, "allow_config_change", name, f"no such setting; {did_you_mean(name, known, able)}")
         require(name not in FREE_ON_RESUME, "allow_config_change", name, "may change without being named here")
         require(name in ASK_ON_RESUME, "allow_config_change", name, f"cannot change in a run; {able}")
 
@@ -292,6 +290,12 @@ def fill_in(config: TrainConfig, defaults: TrainConfig, chosen: dict) -> TrainCo
             unset = {key: value for key, value in fitting.items() if getattr(config, key) == getattr(defaults, key)}
             config = dataclasses.replace(config, **unset)
     return config
+
+
+def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "") -> str:
+    """The hint for a mistyped name: the nearest valid one, or else what the caller says."""
+    guess = difflib.get_close_matches(word, valid, 1)
+    return f"did you mean {prefix}{guess[0]}?" if guess else otherwise
 
 
 def require(condition, name: str, value, rule: str) -> None:
@@ -330,8 +334,8 @@ def parse_config(defaults: TrainConfig, argv: list[str], *, description: str = "
     )
     if unknown:
         names = [f.name for f in dataclasses.fields(TrainConfig)] + ["config"]
-        guess = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), names, 1)
-        hint = f"did you mean --{guess[0]}?" if guess else f"the flags are {' '.join('--' + n for n in names)}"
+        every = f"the flags are {' '.join('--' + n for n in names)}"
+        hint = did_you_mean(unknown[0].lstrip("-").replace("-", "_"), names, every, prefix="--")
         raise UserError(f"{unknown[0]}: no such flag; {hint}")
     return config
 
@@ -376,6 +380,8 @@ def end_process(work: Callable[[], None]) -> None:
         code = 2 if isinstance(error, UserError) else 1
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # of a command; recipes have handlers of their own
+        code = 130
     # Not sys.exit: gloo's threads drop the tensors of the last collective a moment after it, and where Python is
     # already shutting down, taking its lock ends such a thread inside a destructor: SIGABRT after a finished run.
     sys.stdout.flush()

@@ -15,19 +15,19 @@ import secrets
 import shutil
 import socket
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
 
 from lora_dist.config import RunFailed
+from lora_dist.oddities import Links, RankFacts, by_host, find_oddities, gb_per_s, gib, link_rates
 from lora_dist.packages import versions
-from lora_dist.strategies import world_size
+from lora_dist.strategies import keep_to_one_machine, world_size
 
 ARRIVAL_S = 300.0  # between the first rank and the last: many nodes import from one disk
 PATIENCE_S = 20.0  # with one rank that does not answer
@@ -37,28 +37,6 @@ REPEATS = 4  # timed in a row: to start one takes as long as a fast link takes t
 MESSAGE_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 MAX_HOSTS_SHOWN = 16
 COLUMNS = ["host", "ranks", "device", "driver", "memory free", "disk free", "computes", "links"]
-
-Links = dict[tuple[int, int], float | None]  # bytes/s of pairs of nodes; None: what arrived was not what was sent
-
-
-@dataclass(frozen=True)
-class RankFacts:
-    """What one rank found."""
-
-    rank: int
-    host: str
-    local_rank: int
-    device: str  # the GPU's name, or cpu
-    device_uuid: str | None
-    cuda_visible_devices: str | None
-    driver: str | None
-    versions: dict[str, str]  # of packages
-    free_memory_bytes: int  # the device's
-    total_memory_bytes: int
-    folder: str  # where rank 0 was to write
-    sees_folder: bool  # and found what it wrote
-    free_disk_bytes: int
-    flops_per_s: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Report:
     seconds: float
 
     def as_dict(self) -> dict:
-        hosts = list(_by_host(self.ranks))
+        hosts = list(by_host(self.ranks))
         links = [{"hosts": [hosts[a], hosts[b]], "bytes_per_s": rate} for (a, b), rate in self.links.items()]
         return dataclasses.asdict(self) | {"links": links}
 
@@ -83,17 +61,17 @@ class Report:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in self.ranks[0].versions.items()))
         if self.all_reduce_bytes_per_s:
-            lines.append(f"all-reduce over {len(self.ranks)} ranks: {_gb_per_s(self.all_reduce_bytes_per_s)}")
+            lines.append(f"all-reduce over {len(self.ranks)} ranks: {gb_per_s(self.all_reduce_bytes_per_s)}")
         lines.append(f"took {self.seconds:.1f} s")
         return "\n".join(lines + ([f"warning: {line}" for line in self.findings] or ["nothing odd"]))
 
     def _rows(self) -> Iterator[list[str]]:
-        hosts, link_rates = _by_host(self.ranks), _link_rates(self.ranks, self.links)
+        hosts, rates = by_host(self.ranks), link_rates(self.ranks, self.links)
         odd = {word for line in self.findings for word in re.split("[ ()]+", line.split(": ")[0])}
         skipping = False
         for number, (host, ranks) in enumerate(hosts.items(), 1):
             if len(hosts) <= MAX_HOSTS_SHOWN or number <= 4 or number == len(hosts) or host in odd:
-                yield _row(host, ranks, link_rates.get(host))
+                yield _row(host, ranks, rates.get(host))
                 skipping = False
             elif not skipping:
                 yield ["..."]
@@ -107,10 +85,10 @@ def _row(host: str, ranks: list[RankFacts], link_rate: float | None) -> list[str
         str(len(ranks)),
         ", ".join(dict.fromkeys(r.device for r in ranks)),
         ", ".join(dict.fromkeys(r.driver or "-" for r in ranks)),
-        _gib(min(r.free_memory_bytes for r in ranks)),
-        _gib(min(r.free_disk_bytes for r in ranks)),
+        gib(min(r.free_memory_bytes for r in ranks)),
+        gib(min(r.free_disk_bytes for r in ranks)),
         f"{min(gflops):.0f}-{max(gflops):.0f} Gflop/s",
-        _gb_per_s(link_rate) if link_rate else "-",
+        gb_per_s(link_rate) if link_rate else "-",
     ]
 
 
@@ -123,6 +101,7 @@ def joined_ranks() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keep_to_one_machine()
     if world_size() > 1:
         patience = datetime.timedelta(seconds=ARRIVAL_S)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
@@ -334,105 +313,3 @@ def _of_both_ends(links_of_ranks: list[Links]) -> Links:
     for pair, rate in (item for links in links_of_ranks for item in links.items()):
         rates[pair].append(rate)
     return {pair: _slowest(rates[pair]) for pair in sorted(rates)}
-
-
-def find_oddities(ranks: list[RankFacts], links: Links) -> list[str]:
-    """A line for each thing that sets a rank or node apart from the others, or that a run cannot do with."""
-    parts = (_unlike_most(ranks), _shared_gpus(ranks), _little_memory(ranks), _slow(ranks, links), _folder(ranks))
-    return [line for part in parts for line in part]
-
-
-def _unlike_most(ranks: list[RankFacts]) -> Iterator[str]:
-    for name in ("device", "driver", *ranks[0].versions):
-        values = {r.rank: ({"device": r.device, "driver": r.driver} | r.versions).get(name) for r in ranks}
-        ((common, count),) = Counter(values.values()).most_common(1)
-        for group in _by_host(r for r in ranks if values[r.rank] != common).values():
-            yield f"{_who(group)}: {name} {values[group[0].rank]}, and {common} on {count} of {len(ranks)} ranks"
-    hosts = _by_host(ranks)
-    ((common, count),) = Counter(map(len, hosts.values())).most_common(1)
-    for host, group in hosts.items():
-        if len(group) != common:
-            yield f"{host}: {len(group)} rank(s), and {common} on {count} of {len(hosts)} hosts"
-
-
-def _shared_gpus(ranks: list[RankFacts]) -> Iterator[str]:
-    """By the GPUs' own names: where Slurm gives each rank a GPU of its own, each one's CUDA_VISIBLE_DEVICES is 0."""
-    users = defaultdict(list)
-    for r in ranks:
-        users[r.host, r.device_uuid].append(r)
-    for (_, uuid), group in users.items():
-        if uuid and len(group) > 1:
-            visible = " and ".join(dict.fromkeys(str(r.cuda_visible_devices) for r in group))
-            yield f"{_who(group)}: share the GPU {uuid}; CUDA_VISIBLE_DEVICES: {visible}"
-
-
-def _little_memory(ranks: list[RankFacts]) -> Iterator[str]:
-    gpus = {_who([r]): r.free_memory_bytes for r in ranks if r.device != "cpu"}
-    for who, free, middle in _below(0.8, gpus):
-        yield f"{who}: {_gib(free)} of device memory free, the median is {_gib(middle)}: another process holds it?"
-    on_cpu = _by_host(r for r in ranks if r.device == "cpu")  # whose ranks share it
-    hosts = {host: min(r.free_memory_bytes for r in group) for host, group in on_cpu.items()}
-    for who, free, middle in _below(0.5, hosts):
-        yield f"{who}: {_gib(free)} of memory free, the median is {_gib(middle)}"
-
-
-def _slow(ranks: list[RankFacts], links: Links) -> Iterator[str]:
-    if len(ranks) > 2:  # else a median means nothing
-        for who, rate, middle in _below(0.5, {_who([r]): r.flops_per_s / 1e9 for r in ranks}):
-            yield f"{who}: computes at {rate:.0f} Gflop/s, the median is {middle:.0f}: a slow device"
-    # Of the nodes' own medians: of three nodes' links, two are those of the slow one.
-    for host, rate, middle in _below(0.5, _link_rates(ranks, links)):
-        yield f"{host}: {_gb_per_s(rate)} to other nodes, the median is {_gb_per_s(middle)}: a slow link"
-    hosts = list(_by_host(ranks))
-    for (a, b), rate in links.items():
-        if rate is None:
-            yield f"{hosts[a]} and {hosts[b]}: other bytes arrived than were sent"
-
-
-def _folder(ranks: list[RankFacts]) -> Iterator[str]:
-    folder, writer = ranks[0].folder, ranks[0].host
-    if not ranks[0].sees_folder:
-        yield f"{_who(ranks[:1])}: cannot write {folder}"
-    else:
-        for host in _by_host(r for r in ranks if not r.sees_folder):
-            rule = "the run folder must be on a disk that all nodes share"
-            yield f"{host}: does not see {folder}, which {writer} wrote to; {rule}"
-    for host, group in _by_host(ranks).items():
-        if (free := min(r.free_disk_bytes for r in group)) < 2**30:
-            yield f"{host}: {_gib(free)} free on the disk of {folder}"
-
-
-def _below(share: float, figures: dict[str, float]) -> Iterator[tuple[str, float, float]]:
-    """(whose, figure, median) of those that are less than this share of the median."""
-    middle = median(figures.values()) if figures else 0
-    return ((who, figure, middle) for who, figure in figures.items() if figure < share * middle)
-
-
-def _link_rates(ranks: list[RankFacts], links: Links) -> dict[str, float]:
-    """Host to the median of its links."""
-    rates, hosts = defaultdict(list), list(_by_host(ranks))
-    for pair, rate in links.items():
-        for node in pair if rate else ():
-            rates[hosts[node]].append(rate)
-    return {host: median(of_host) for host, of_host in rates.items()}
-
-
-def _by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
-    """In the order of their lowest ranks."""
-    hosts = defaultdict(list)
-    for r in ranks:
-        hosts[r.host].append(r)
-    return hosts
-
-
-def _who(ranks: list[RankFacts]) -> str:
-    """Of one host."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(str(r.rank) for r in ranks)} ({ranks[0].host})"
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
-
-
-def _gb_per_s(rate: float) -> str:
-    return f"{rate / 1e9:.3g} GB/s"

@@ -23,8 +23,7 @@ def write_report(folder: RunFolder) -> None:
     """Draw the run folder as it is now into report.html."""
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     state = json.loads(folder.state.read_text(encoding="utf-8"))
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
-    write_whole(folder.report, render(folder.root.name, config, state, [json.loads(line) for line in lines]))
+    write_whole(folder.report, render(folder.root.name, config, state, folder.read_metrics()))
 
 
 def render(name: str, config: dict, state: dict, metrics: list[dict]) -> str:

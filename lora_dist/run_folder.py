@@ -18,6 +18,11 @@ STATUSES = ("running", "completed", "preempted", "failed")
 LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still be going
 
 
+def write_config(path: Path, config: TrainConfig) -> None:
+    """All settings, as `--config` takes them back."""
+    write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
 class RunFolder:
     """`resume_from`: the checkpoint this run goes on from. `begun`: what its settings do not say of its beginning."""
 
@@ -74,7 +79,7 @@ class RunFolder:
             raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
 
     def write_config(self, config: TrainConfig) -> None:
-        write_whole(self.config, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        write_config(self.config, config)
 
     def write_state(self, status: str, step: int, summary: dict | None = None, *, rank_lost: bool = False) -> None:
         """`step`: the last one saved. `rank_lost`: whether the run failed because a rank or its machine was gone."""
@@ -88,6 +93,11 @@ class RunFolder:
 
     def read_state(self) -> dict:
         return json.loads(self.state.read_text(encoding="utf-8"))
+
+    def read_metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl; without the last one where it is half written."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
         """Say failed, at the step that was last saved; where that cannot be written, it is not."""

@@ -38,7 +38,7 @@ from lora_dist.rows import Data
 from lora_dist.run_folder import RunFolder
 from lora_dist.sharding import decoder_layers
 from lora_dist.step import Training
-from lora_dist.strategies import Launch, Placement, Strategy, world_size
+from lora_dist.strategies import Launch, Placement, Strategy, keep_to_one_machine, world_size
 from lora_dist.tasks import TASKS, Task
 from lora_dist.train import peak_memory_bytes, save_adapter_checked
 from lora_dist.watchdog import Watchdog
@@ -160,8 +160,7 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
         "MEGATRON_LM",
     ):  # ours to start, where the launcher's config names one; not accelerate's
         os.environ.pop(f"ACCELERATE_USE_{engine}", None)
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # one machine: nobody outside is to connect
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    keep_to_one_machine()
     _meet_again(on_gpu)
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
     patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)

@@ -159,13 +159,12 @@ def _comment(text: str) -> str:
 def render_prepare(job: Job) -> str:
     """The sbatch file of the job that prepares for this one: one task, no GPU."""
     options = job.options
-    asked = {name: getattr(options, name) for name in ("partition", "account", "qos")}
     return "\n".join([
         "#!/bin/bash",
         _comment(job.about),
         f"#SBATCH --job-name={job.name}-prepare",
         "#SBATCH --ntasks=1",
-        *(f"#SBATCH --{name}={value}" for name, value in asked.items() if value),
+        *(f"#SBATCH --{line}" for line in _asked(options, "partition", "account", "qos")),
         f"#SBATCH --output={job.logs.replace('node%n', 'prepare')}",
         "",
         f"run={job.run}",
@@ -179,16 +178,19 @@ def render_prepare(job: Job) -> str:
     ])  # fmt: skip
 
 
+def _asked(options: SlurmOptions, *names: str) -> list[str]:
+    return [f"{name}={getattr(options, name)}" for name in names if getattr(options, name)]
+
+
 def _directives(job: Job) -> list[str]:
     options = job.options
     tasks = options.num_local_ranks if options.launcher == "srun" else 1
-    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "qos", "constraint", "mem")}
     return [
         f"job-name={job.name}",
         f"nodes={options.nodes}",
         f"ntasks-per-node={tasks}",
         *([f"gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []),
-        *(f"{name}={value}" for name, value in asked.items() if value),
+        *_asked(options, "time", "partition", "account", "qos", "constraint", "mem"),
         *options.sbatch,
         f"output={job.logs.replace('%n', '0')}",
         "open-mode=append",  # a job that was requeued goes on in the same file
@@ -237,7 +239,7 @@ def submit(script: Path, *more: str) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def test_only(text: str) -> str:
+def expected_start(text: str) -> str:
     """Whether and when Slurm would start the job, in its words."""
     if not shutil.which("sbatch"):
         return "sbatch: not found here, so not asked"

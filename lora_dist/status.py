@@ -93,7 +93,7 @@ def read_status(root: Path) -> RunStatus:
     if not state and not submitted:
         raise UserError(f"{root}: holds no run: no state.json, no job/submitted.json; give a run folder")
     state = state or {"status": "waiting", "step": 0, "restarts": 0}
-    lines = _metrics(folder)
+    lines = folder.read_metrics()
     timed = [line for line in lines if "perf/step_time_s" in line][-RECENT_STEPS:]
     step_time_s = statistics.median(line["perf/step_time_s"] for line in timed) if timed else None
     step = max([state["step"], *(line["train/global_step"] for line in lines[-1:])])
@@ -117,11 +117,6 @@ def read_status(root: Path) -> RunStatus:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _metrics(folder: RunFolder) -> list[dict]:
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if folder.metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
 
 
 def _last(lines: list[dict], name: str) -> float | None:

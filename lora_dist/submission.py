@@ -24,7 +24,7 @@ import lora_dist
 from lora_dist import slurm
 from lora_dist.config import TrainConfig, UserError, as_flags, fill_in, parse_config, require
 from lora_dist.manifest import write_whole
-from lora_dist.run_folder import RunFolder
+from lora_dist.run_folder import RunFolder, write_config
 from lora_dist.slurm import Job, SlurmOptions
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
@@ -141,9 +141,8 @@ def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
         folder.partial(folder.job)
         _copy_code(submission.recipe, partial / "code")
         config = _copy_named_files(submission, partial)
-        write_whole(partial / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-        text = slurm.render(job_of(submission, command, offline=offline))
-        write_whole(partial / "job.sbatch", text)
+        write_config(partial / "config.yaml", config)
+        write_whole(partial / "job.sbatch", slurm.render(job_of(submission, command, offline=offline)))
         folder.put_in_place(partial, folder.job)
     except OSError as error:
         raise UserError(f"--output_dir {folder.root}: cannot be written: {error.strerror}") from None

@@ -214,9 +214,8 @@ class Watchdog:
             self.folder.root.mkdir(parents=True, exist_ok=True)  # another machine's disk
             with open(self.folder.root / f"stacks-rank-{self.rank:05d}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            self._stopped.wait(
-                2 * INTERVAL_S
-            )  # the others are to read of it, and write theirs: the store may die with this
+            # The others are to read of it and write theirs: the store may die with this rank.
+            self._stopped.wait(2 * INTERVAL_S)
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
             self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost)

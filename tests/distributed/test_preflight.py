@@ -15,7 +15,8 @@ from ranks import run_ranks
 
 from lora_dist import preflight
 from lora_dist.config import RunFailed
-from lora_dist.preflight import RankFacts, Report, find_oddities, inspect_ranks, schedule
+from lora_dist.oddities import RankFacts, find_oddities
+from lora_dist.preflight import Report, inspect_ranks, schedule
 
 GIB = 2**30
 FOLDER = "/shared/runs"

@@ -38,24 +38,25 @@ GOLDEN = {
 }  # fmt: skip
 
 
-def golden(name: str, text: str) -> None:
-    """LORA_DIST_WRITE_GOLDEN=1 pytest ... writes the files anew; look at what changed."""
+def golden(name: str, text: str) -> str:
+    """The file's text. LORA_DIST_WRITE_GOLDEN=1 pytest ... writes the files anew; look at what changed."""
     file = HERE / f"golden/{name}.sbatch"
     if os.environ.get("LORA_DIST_WRITE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-    assert text == file.read_text()
+    return file.read_text()
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name):
     text = render(GOLDEN[name])
-    golden(name, text)
+    assert text == golden(name, text)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
 def test_golden_of_the_job_that_prepares():
-    golden("prepare", render_prepare(GOLDEN["64_nodes"]))
+    text = render_prepare(GOLDEN["64_nodes"])
+    assert text == golden("prepare", text)
 
 
 def test_a_flag_of_two_lines_is_no_bash():

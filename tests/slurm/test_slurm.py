@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,20 +76,18 @@ class Submitted:
         return job
 
 
-def submit(
-    cluster: Cluster, folder: Path, flags: str = "", *, options: str = "", recipe="recipes/opt_quotes.py", env=None
-):
+def submit(cluster: Cluster, folder: Path, flags: str = "", *, options: str = "", recipe="recipes/opt_quotes.py"):
     """2 machines with 2 ranks each, unless the options say so."""
     words = "submit --nodes 2 --gpus-per-node 2 --time 20 --preflight false --prepare no".split() + options.split()
     words += ["--json", str(recipe), *SMALL.split(), "--output_dir", str(folder), *flags.split()]
-    done = cluster.run(f"{BIN}/lora-dist", *words, env=env)
+    done = cluster.run(f"{BIN}/lora-dist", *words)
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout.splitlines()[-1])
     return Submitted(cluster, submitted["job_id"], folder, Path(submitted["log"]))
 
 
-TELLS = """
-import os, sys
+TELLS = """\
+import os
 import lora_dist
 keys = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES".split()
 print("rank:", os.uname().nodename, *(os.environ.get(key) for key in keys), lora_dist.__file__, flush=True)
@@ -99,11 +98,8 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     """Two machines x 2 ranks, fsdp; meanwhile the checkout changes. Each rank sees its machine's two devices."""
     recipe = tmp_path / "my_recipe.py"
     text = (ROOT / "recipes/opt_quotes.py").read_text()
-    recipe.write_text(
-        text.replace(
-            'if __name__ == "__main__":', f'if __name__ == "__main__":{TELLS.replace(chr(10), chr(10) + "    ")}'
-        )
-    )
+    start = 'if __name__ == "__main__":\n'
+    recipe.write_text(text.replace(start, start + textwrap.indent(TELLS, "    ")))
     options = "--preflight true --config_file accelerate_configs/fsdp.yaml"
     job = submit(cluster, tmp_path / "run", f"--max_steps {STEPS} --save_steps 100", options=options, recipe=recipe)
     recipe.write_text('raise SystemExit("this is not what was submitted")')
@@ -161,15 +157,7 @@ def test_what_fails_stays_failed_and_what_is_cancelled_saves(cluster, tmp_path):
 
 
 def test_what_prepare_finds_is_not_submitted(cluster, tmp_path):
-    words = [
-        "submit",
-        "--ranks-per-node",
-        "2",
-        "recipes/opt_quotes.py",
-        *SMALL.split(),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    words = f"submit --ranks-per-node 2 recipes/opt_quotes.py {SMALL} --output_dir {tmp_path}/run".split()
     done = cluster.run(f"{BIN}/lora-dist", *words, "--max_steps", "4", "--lora_target_modules", "no_such")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --lora_target_modules no_such: ") and done.stderr.count("\n") == 1
@@ -253,18 +241,23 @@ def test_a_machine_without_power_is_replaced(tmp_path, undisturbed, off, left):
         assert adapter(job.folder) == undisturbed(STEPS)
 
 
-@pytest.mark.slow
-def test_a_sweep_of_the_ready_script_and_its_summary(cluster, tmp_path):
-    """The checkout's scripts by plain sbatch, from another copy of it: they write beside it."""
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what the ready scripts read from: they write beside it."""
     for name in ("launch", "recipes", "accelerate_configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_ready_script_and_its_summary(cluster, checkout):
     flags = f"{SMALL} --max_steps 4 --report_to none".split()
     env = {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = ["sbatch", "--parsable", f"--chdir={tmp_path}", "--gpus-per-node=2", "--array=0-1"]
-    done = cluster.run(*command, str(tmp_path / "launch/slurm/sweep.sbatch"), "recipes/opt_quotes.py", *flags, env=env)
+    command = ["sbatch", "--parsable", f"--chdir={checkout}", "--gpus-per-node=2", "--array=0-1"]
+    done = cluster.run(*command, str(checkout / "launch/slurm/sweep.sbatch"), "recipes/opt_quotes.py", *flags, env=env)
     job_id = done.stdout.strip()
     until(lambda: cluster.run("squeue", "--noheader").stdout == "", 120)
-    runs = sorted((tmp_path / f"runs/sweep-{job_id}").iterdir())
+    runs = sorted((checkout / f"runs/sweep-{job_id}").iterdir())
     assert [run.name for run in runs] == ["lr-1e-4", "lr-5e-5"]
     assert len({adapter(run) for run in runs}) == 2
     table = cluster.run(f"{BIN}/lora-dist", "status", *map(str, runs)).stdout.splitlines()
@@ -274,14 +267,12 @@ def test_a_sweep_of_the_ready_script_and_its_summary(cluster, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smoke", "one_node", "several_nodes"])
-def test_a_ready_script(cluster, tmp_path, name):
-    for folder in ("launch", "recipes", "accelerate_configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    command = ["sbatch", "--parsable", f"--chdir={tmp_path}", *(["--gpus-per-node=2"] if name != "smoke" else [])]
+def test_a_ready_script(cluster, checkout, name):
+    command = ["sbatch", "--parsable", f"--chdir={checkout}", *(["--gpus-per-node=2"] if name != "smoke" else [])]
     env = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     flags = [] if name == "smoke" else ["recipes/opt_quotes.py", *SMALL.split(), "--max_steps", "4"]
-    job_id = cluster.run(*command, str(tmp_path / f"launch/slurm/{name}.sbatch"), *flags, env=env).stdout.strip()
-    job = Submitted(cluster, job_id, tmp_path / f"runs/{name}-{job_id}", tmp_path / f"slurm-{name}-{job_id}-node0.log")
+    job_id = cluster.run(*command, str(checkout / f"launch/slurm/{name}.sbatch"), *flags, env=env).stdout.strip()
+    job = Submitted(cluster, job_id, checkout / f"runs/{name}-{job_id}", checkout / f"slurm-{name}-{job_id}-node0.log")
     job.end("COMPLETED")
     assert f"ranks: {4 if name == 'several_nodes' else 2} on cpu" in job.log
     assert job.steps() == [1, 2, 3, 4] and job.state["status"] == "completed"

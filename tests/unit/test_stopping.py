@@ -55,3 +55,9 @@ def test_a_spike_stands_out_of_the_recent_losses():
 
 def test_the_signals_are_those_of_clusters():
     assert set(preemption.SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def test_ctrl_c_of_a_command_is_no_traceback():
+    code = "from lora_dist.config import end_process\ndef work(): raise KeyboardInterrupt\nend_process(work)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
