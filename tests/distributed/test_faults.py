@@ -249,8 +249,9 @@ def small_disk(tmp_path):
 
 
 def fill(disk: Path) -> Path:
+    """Fill what is free; again where a save that failed, or was pruned, has made room."""
     filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
+    with open(filler, "ab", buffering=0) as file:
         try:
             while True:
                 file.write(b"x" * 4096)
@@ -284,9 +285,9 @@ def test_a_full_disk_costs_no_step_and_no_checkpoint(small_disk):
     flags = ("--output_dir", str(folder.root), "--max_steps", "40", "--max_failed_saves", "100")
     with forked_ranks(*FLAGS, *flags, num_ranks=2) as ranks:
         wait_for_step(folder, 4)
-        filler = fill(small_disk)
         deadline, warnings = time.monotonic() + 30, ("could not save", "its lines are kept until there is room")
         while not all(warning in ranks.texts(0)[1] for warning in warnings) and time.monotonic() < deadline:
+            filler = fill(small_disk)
             time.sleep(0.02)
         kept, _ = folder.newest_whole_checkpoint()
         assert kept is not None
@@ -304,8 +305,11 @@ def test_too_many_failed_saves_end_the_run(small_disk):
     folder = RunFolder(small_disk / "run")
     with forked_ranks(*FLAGS, "--output_dir", str(folder.root), "--max_failed_saves", "2", num_ranks=2) as ranks:
         wait_for_step(folder, 4)
-        fill(small_disk)
-        ended = ranks.wait(60)
+        deadline = time.monotonic() + 60
+        while any(process.is_alive() for process in ranks.processes) and time.monotonic() < deadline:
+            fill(small_disk)
+            time.sleep(0.02)
+        ended = ranks.wait(1)
     assert [code for code, _, _ in ended] == [1, 1]
     said = ended[0][2] + ended[1][2]
     assert said.count(f"error: checkpoints could not be written to {folder.checkpoints}, the last 2; ") == 1
