@@ -6,6 +6,7 @@ Flags carry TrainingArguments' names where one exists. A run's settings are its 
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -181,8 +182,17 @@ class TrainConfig:
     step_timeout_s: float = setting(
         600, "Take a run for stalled, and end it, where no micro-batch was done for so many seconds; 0 for never."
     )
-    report_to: Literal["wandb", "none"] = setting("wandb", "Where metrics.jsonl is mirrored to.")
-    sample_prompt: str = setting("", "Complete this prompt before and after training; empty for none.")
+    report_to: str = setting(
+        "wandb",
+        "Where metrics.jsonl is mirrored to: none, or some of wandb, tensorboard, trackio and accelerate's other "
+        "trackers, with commas between them.",
+    )
+    wandb_log_adapter: bool = setting(False, "Keep the adapter in Weights & Biases too, as an artifact.")
+    sample_prompt: str = setting("", "Complete this prompt at each evaluation; empty for none.")
+    num_eval_samples: int = setting(0, "Complete so many held-out rows at each evaluation.")
+    profile_steps: str | None = setting(
+        None, "FIRST:LAST, e.g. 10:13: write a trace of these steps for each rank, to be opened in Perfetto."
+    )
     push_to_hub: bool = setting(False, "Push the adapter to the hub at the end; needs --hub_model_id.")
     hub_model_id: str | None = setting(None, "Repository on the hub to push the adapter to.")
 
@@ -194,12 +204,19 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "seed",
-                     "step_timeout_s"):  # fmt: skip
+                     "step_timeout_s", "num_eval_samples"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         require(
             self.rank_timeout_s >= 5, "rank_timeout_s", self.rank_timeout_s, "must be 5 or more: a sign comes a second"
         )
         _check_allowed_changes(self.allow_config_change or ())
+        _check_trackers(self.report_to)
+        to_wandb = "wandb" in self.report_to.split(",")
+        why = "has no effect without --report_to wandb"
+        require(to_wandb or not self.wandb_log_adapter, "wandb_log_adapter", True, why)
+        first, _, last = (self.profile_steps or "1:1").partition(":")
+        fits = first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+        require(fits, "profile_steps", self.profile_steps, "must be FIRST:LAST, steps from 1, e.g. 10:13")
         for name in ("eval_fraction", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
         grouped = self.train_sampling_strategy == "group_by_length"
@@ -256,7 +273,7 @@ FREE_ON_RESUME = set(
     "quantized_cache resident_layers shard_size memory_budget_gib gather_once deepspeed gradient_checkpointing strict "
     "per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit output_dir resume_from_checkpoint "
     "allow_config_change max_bad_steps max_failed_saves rank_timeout_s step_timeout_s report_to sample_prompt "
-    "push_to_hub hub_model_id prepare_only".split()
+    "wandb_log_adapter num_eval_samples profile_steps push_to_hub hub_model_id prepare_only".split()
 )
 # These do, and may where --allow_config_change names them; mixed_precision is the launcher's. What is in neither set
 # gives the state another shape, or the data another order.
@@ -266,6 +283,21 @@ ASK_ON_RESUME = set(
     "train_sampling_strategy context_parallel_size lora_dropout max_steps num_train_epochs learning_rate warmup_steps "
     "lr_scheduler_type weight_decay max_grad_norm".split()
 )
+
+
+# Those of accelerate, beside Weights & Biases: each wants its package.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
+
+
+def _check_trackers(report_to: str) -> None:
+    names = report_to.split(",")
+    valid = ("wandb", *TRACKERS)
+    for name in names if report_to != "none" else ():
+        every = f"give none, or some of {','.join(valid)}"
+        require(name in valid, "report_to", report_to, f"no tracker {name!r}; {did_you_mean(name, valid, every)}")
+        missing = name in TRACKERS and importlib.util.find_spec(name) is None
+        require(not missing, "report_to", report_to, f"needs a package: pip install {name}")
+    require(len(set(names)) == len(names), "report_to", report_to, "names one twice")
 
 
 def _check_allowed_changes(names: Iterable[str]) -> None:

@@ -65,15 +65,16 @@ class ContextParallel:
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
-    def summed_loss(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Cross entropy in fp32, summed over the trained tokens of this rank's piece of the rows."""
+    def summed_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the trained tokens of this rank's piece of the rows: (summed cross entropy in fp32, number right)."""
         input_ids_BP, mask_B1PT, positions_BP, targets_BP = self.split(batch)
         logits_BPV = model(
             input_ids=input_ids_BP, attention_mask=mask_B1PT, position_ids=positions_BP, use_cache=False
         ).logits
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
+        return loss, (logits_BPV.max(-1).indices == targets_BP).sum()
 
     def split(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, mask (True: attend), positions and next tokens of this rank's piece of the padded rows."""

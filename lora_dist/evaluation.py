@@ -1,6 +1,7 @@
 """The held-out rows, shared among the ranks: loss, predictions; and completions, in lockstep."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ from lora_dist.data import MicroBatch, collate, model_inputs
 from lora_dist.reduction import block
 from lora_dist.sharding import release
 from lora_dist.step import Training, data_share, forward_loss
+from lora_dist.tasks import IGNORE_INDEX
+
+MAX_NEW_TOKENS = 48  # of a completion
 
 
 @torch.no_grad()
@@ -47,14 +51,18 @@ def held_out_batches(run: Training) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def evaluate(run: Training) -> float:
-    """Mean loss over the trained tokens of the held-out rows; the same bits at any number of ranks. Collective."""
+def evaluate(run: Training) -> tuple[float, float]:
+    """(mean loss, share predicted right) over the trained tokens of the held-out rows. Collective.
 
-    def loss_and_count(piece: int, batch: MicroBatch) -> torch.Tensor:
-        return torch.tensor([forward_loss(run, batch).item(), 0 if piece else batch.num_trained], dtype=torch.float64)
+    The same bits at any number of ranks.
+    """
 
-    loss, num_trained = over_held_out(run, loss_and_count, 2).sum((0, 1)).tolist()
-    return loss / num_trained
+    def sums(piece: int, batch: MicroBatch) -> torch.Tensor:
+        loss, correct = forward_loss(run, batch)
+        return torch.tensor([loss.item(), correct.item(), 0 if piece else batch.num_trained], dtype=torch.float64)
+
+    loss, correct, num_trained = over_held_out(run, sums, 3).sum((0, 1)).tolist()
+    return loss / num_trained, correct / num_trained
 
 
 def predict(run: Training) -> torch.Tensor:
@@ -85,20 +93,44 @@ def held_out_labels(run: Training) -> torch.Tensor:
     return torch.stack([torch.as_tensor(row["labels"]) for row in run.eval_rows])
 
 
+def complete_samples(run: Training) -> list[dict[str, str | None]]:
+    """Greedy completions of `--sample_prompt` and of the first held-out rows, with what those go on with. Collective.
+
+    {"prompt", "reference", "completion"}. Of a row that is trained from its start, the first half is the prompt.
+    """
+    samples = [(run.config.sample_prompt.rstrip(), None)] if run.config.sample_prompt else []
+    if not run.micro_batches.task.has_classes:
+        rows = (run.eval_rows[i] for i in range(min(run.config.num_eval_samples, len(run.eval_rows or ()))))
+        samples += [_prompt_and_reference(run, row) for row in rows]
+    return [{"prompt": p, "reference": r, "completion": complete(run, p)} for p, r in samples]
+
+
+def _prompt_and_reference(run: Training, row: dict) -> tuple[str, str]:
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    trained = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
+    if run.micro_batches.task.labels_each_token:
+        cut = trained[0] if trained[0] > 1 else -(-len(ids) // 2)
+        ids, labels = ids[:cut], ids[cut:]
+    decode = partial(run.tokenizer.decode, skip_special_tokens=True)
+    return decode(ids).rstrip(), decode([token for token in labels if token != IGNORE_INDEX][:MAX_NEW_TOKENS])
+
+
 @torch.no_grad()
-def complete(run: Training, prompt: str, max_new_tokens: int = 48) -> str:
-    """Greedy completion of `prompt`, "" for "". Collective: every rank generates the same tokens in lockstep."""
-    if not prompt:
-        return ""
-    # The space that ends a prompt belongs to the next word's token: leave it to the model.
-    inputs = run.tokenizer(prompt.rstrip(), return_tensors="pt").to(run.accelerator.device)
+def complete(run: Training, prompt: str) -> str:
+    """How the model goes on. Collective: every rank generates the same tokens in lockstep.
+
+    The space that ends a prompt belongs to the next word's token: leave it to the model.
+    """
+    watchdog.still_moving()
+    inputs = run.tokenizer(prompt, return_tensors="pt").to(run.accelerator.device)
     run.model.eval()
     with run.accelerator.autocast():
         out = run.model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
-            max_new_tokens=max_new_tokens, use_cache=not run.pipeline,
+            max_new_tokens=MAX_NEW_TOKENS, use_cache=not run.pipeline,
             pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
         )  # fmt: skip
     run.model.train()
     release(run.model)
-    return run.tokenizer.decode(out[0], skip_special_tokens=True)
+    new = out[0] if run.model.config.is_encoder_decoder else out[0, inputs["input_ids"].shape[1] :]
+    return run.tokenizer.decode(new, skip_special_tokens=True)

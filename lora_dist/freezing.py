@@ -42,11 +42,12 @@ def pack_model(model: PreTrainedModel, quantization: str, stored: StoredFormat |
     for name, module in modules.items():
         if isinstance(module, Conv1D):
             frozen = make_frozen_linear(quantization, *module.weight.shape, module.bias is not None)
-            frozen.stored_transposed = True
+            frozen.stored_transposed, frozen.bias = True, module.bias
             model.set_submodule(name, frozen)
         elif is_linear.get(type(module)):
             has_bias = module.bias is not None
             frozen = make_frozen_linear(quantization, module.in_features, module.out_features, has_bias)
+            frozen.bias = module.bias  # frozen, and of the model's dtype
             model.set_submodule(name, frozen)
         elif _has_plain_experts(module):
             for weight_name, param in list(module.named_parameters(recurse=False)):

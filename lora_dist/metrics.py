@@ -1,55 +1,96 @@
-"""metrics.jsonl is the truth, Weights & Biases its mirror. Rank 0 only."""
+"""metrics.jsonl is the truth; Weights & Biases and other trackers are its mirrors. Rank 0 only."""
 
-import contextlib
 import json
-import netrc
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import ParseResult, urlparse
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from lora_dist import preemption
-from lora_dist.config import TrainConfig
-from lora_dist.run_folder import RunFolder
+from lora_dist import watchdog
+from lora_dist.metric_names import PROJECT
+from lora_dist.run_folder import STEP, RunFolder
 
-PROJECT = "lora-dist"
+if TYPE_CHECKING:
+    from lora_dist.wandb_run import WandbRun
 
 
 class MetricsLog:
-    """One line on the disk per call to `log`, mirrored to the trackers of the accelerator. Nothing on other ranks.
+    """One line on the disk per call to `log`, mirrored to what `report_to` names. Nothing where rank is not 0.
 
-    Where the disk is full, lines wait in memory until there is room.
+    Where the disk is full, lines wait in memory until there is room. `start`: how this start of the run was made.
+    `hosts`: of each rank.
     """
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator, config: TrainConfig, wandb_config: dict):
-        self.accelerator, self.waiting, self.failed = accelerator, b"", False
-        self.file = open(folder.metrics, "ab", buffering=0) if accelerator.is_main_process else None
-        if self.file and config.report_to == "wandb":
-            _start_wandb(folder, accelerator, wandb_config)
+    def __init__(self, folder: RunFolder, report_to: str, *, rank: int, start: dict, hosts: list[str]):
+        self.folder, self.hosts, self.waiting, self.failed = folder, hosts, b"", False
+        self.file = open(folder.metrics, "ab", buffering=0) if rank == 0 else None
+        self.wandb: WandbRun | None = None
+        self.trackers: dict[str, GeneralTracker] = {}
+        if not self.file:
+            return
+        folder.record_start(start)
+        for name in report_to.split(","):
+            try:
+                self._start_mirror(name)
+            except Exception as error:
+                _warn_gone(name, error)
+
+    def _start_mirror(self, name: str) -> None:
+        if name == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
+            from lora_dist import wandb_run  # a third of a second, which the other ranks need not wait
+
+            self.wandb = wandb_run.WandbRun(self.folder, say=partial(print, flush=True))
+            watchdog.at_failure = self.wandb.fail
+        elif name not in ("wandb", "none"):
+            self.trackers[name] = _start_tracker(name, self.folder)
 
     def log(self, values: dict, step: int) -> None:
-        """`values`: metric name to number, as docs/metrics.md lists them; `step`: optimizer steps done."""
-        if self.file:
-            line = json.dumps({"train/global_step": step, "time": round(time.time(), 3), **values}) + "\n"
-            self.waiting += line.encode()
-            self._write()
-            with self._mirror():
-                self.accelerator.log({"train/global_step": step, **values}, step=step)
+        """`values`: metric name to value, as docs/metrics.md lists them; `step`: optimizer steps done."""
+        if not self.file:
+            return
+        line = json.dumps({STEP: step, "time": round(time.time(), 3), **values}) + "\n"
+        self.waiting += line.encode()
+        self._write()
+        values = {STEP: step, **values}
+        self._to_wandb(lambda run: run.log(values, step))
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        self._to_trackers(lambda tracker: tracker.log(numbers, step=step))
 
-    @contextlib.contextmanager
-    def _mirror(self) -> Iterator[None]:
-        """Whatever becomes of the mirror, the run goes on: Slurm's SIGTERM ends wandb's own process before ours."""
+    def log_samples(self, samples: list[dict], step: int) -> None:
+        """`samples`: {"prompt", "reference", "completion"} each."""
+        if self.file and samples:
+            self.folder.append_lines(self.folder.samples, [{STEP: step, **sample} for sample in samples])
+            self._to_wandb(lambda run: run.log_samples(samples, step))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever watches from afar: Weights & Biases sends mail or Slack messages."""
+        self._to_wandb(lambda run: run.alert(f"{self.folder.root.name}: {title}", text))
+
+    def log_adapter(self) -> None:
+        """The run's `adapter/`, as an artifact of Weights & Biases."""
+        self._to_wandb(lambda run: run.log_adapter())
+
+    def _to_wandb(self, act: Callable[["WandbRun"], None]) -> None:
+        """Whatever becomes of a mirror, the run goes on: Slurm's SIGTERM ends wandb's own process before ours."""
         try:
-            yield
+            if self.wandb:
+                act(self.wandb)
         except Exception as error:
-            self.accelerator.trackers.clear()
-            why = f"{type(error).__name__}: {error}"
-            print(f"warning: wandb is gone ({why}); metrics.jsonl goes on", file=sys.stderr, flush=True)
+            self.wandb = None
+            _warn_gone("wandb", error)
+
+    def _to_trackers(self, act: Callable[[GeneralTracker], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:
+                del self.trackers[name]
+                _warn_gone(name, error)
 
     def _write(self) -> None:
         try:
@@ -67,65 +108,29 @@ class MetricsLog:
 
     def __exit__(self, error_type, error, traceback) -> None:
         if self.file:
+            watchdog.at_failure = None
             self._write()
             self.file.close()
-            with self._mirror():  # not accelerator.end_training, which also leaves the process group
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
+            self._to_wandb(lambda run: run.finish(failed=error is not None))
+            self._to_trackers(lambda tracker: tracker.finish())
 
 
-def _start_wandb(folder: RunFolder, accelerator: Accelerator, wandb_config: dict) -> None:
-    """One run, online where there is an account and a server that answers, else kept on disk: training never waits."""
-    import wandb
+def _warn_gone(name: str, error: Exception) -> None:
+    why = f"{type(error).__name__}: {error}"
+    print(f"warning: {name} is gone ({why}); metrics.jsonl goes on", file=sys.stderr, flush=True)
 
-    server = urlparse(wandb.setup().settings.base_url)  # WANDB_BASE_URL and settings files included
-    offline = "WANDB_MODE" not in os.environ and not (_has_credentials(server.hostname) and _answers(server))
-    try:
-        _init_wandb(wandb, folder, accelerator, wandb_config, offline)
-    except wandb.errors.Error as error:  # CommError, AuthenticationError, UsageError
-        accelerator.print(f"wandb: no answer from the server ({str(error).splitlines()[0]}): keeping the run on disk")
-        wandb.teardown()
-        accelerator.trackers.clear()  # else the one that failed is started again
-        _init_wandb(wandb, folder, accelerator, wandb_config, offline=True)
-    run = accelerator.get_tracker("wandb", unwrap=True)
-    folder.wandb_run_id = run.id
-    folder.write_state("running", folder.read_state()["step"])
-    run.define_metric("train/global_step")
-    for group in ("train", "eval", "perf", "checkpoint"):
-        run.define_metric(f"{group}/*", step_metric="train/global_step")
-    if run.offline:
-        accelerator.print(f"wandb: offline; upload with: wandb sync {Path(run.dir).parent}")
+
+def _start_tracker(name: str, folder: RunFolder) -> GeneralTracker:
+    """One of accelerate's. It has the settings as plain values: some take no others."""
+    tracker_class, settings = LOGGER_TYPE_TO_CLASS[name], yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    if tracker_class.requires_logging_directory:
+        begins = {"purge_step": folder.step + 1} if name == "tensorboard" and folder.step else {}
+        tracker = tracker_class(name, folder.root, **begins)
+    elif name == "trackio":
+        tracker = tracker_class(PROJECT, name=folder.root.name, resume="allow", embed=False)
     else:
-        accelerator.print(f"wandb: {run.url}")
-
-
-def _init_wandb(wandb, folder: RunFolder, accelerator: Accelerator, wandb_config: dict, offline: bool) -> None:
-    settings = wandb.Settings(
-        init_timeout=15, finish_timeout=60, x_transaction_log_flush_interval=1, silent=True,
-        stop_fn=preemption.ask_to_stop,  # its own would interrupt this rank alone
-    )  # fmt: skip
-    if offline:  # else WANDB_MODE decides
-        settings.mode = "offline"
-    init = {"dir": str(folder.root), "name": folder.root.name, "job_type": "train", "settings": settings}
-    init |= {"id": folder.wandb_run_id, "resume": "allow"}  # one run, however often it was interrupted
-    accelerator.init_trackers(PROJECT, config=wandb_config, init_kwargs={"wandb": init})
-
-
-def _has_credentials(host: str) -> bool:
-    """Whether wandb would find a key, without its prompt on a terminal or its wait for the server."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _answers(server: ParseResult) -> bool:
-    """Whether something listens there: wandb.init alone would try for a minute and a half."""
-    port = server.port or (443 if server.scheme == "https" else 80)
-    try:
-        socket.create_connection((server.hostname, port), timeout=2).close()
-        return True
-    except OSError:
-        return False
+        tracker = tracker_class(PROJECT)
+    tracker.start()
+    plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+    tracker.store_init_configuration(plain)
+    return tracker

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -121,18 +122,47 @@ def layers_that_fit(skeleton: nn.Module, config: TrainConfig, shard_size: int, d
     return max(resident for resident, peak in enumerate(peaks) if peak <= budget)
 
 
+def layer_bytes(skeleton: nn.Module) -> tuple[int, list[int]]:
+    """(bytes of the base outside its layers, of each layer)."""
+    layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
+    return base_bytes(skeleton).total - sum(layers), layers
+
+
+def held_bytes(outside: int, layers: list[int], shard_size: int, resident: int) -> int:
+    """Of the base, on each of `shard_size` ranks that share it, with that many resident layers; all: it is whole."""
+    if resident == len(layers):
+        return outside + sum(layers)
+    whole = sum(layers[len(layers) - resident :])
+    return int((outside + sum(layers) - whole) / shard_size + whole)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Bytes on a rank, reckoned before anything is loaded; None where this placement is not reckoned."""
+
+    base_bytes_per_rank: int | None
+    peak_bytes_per_rank: int | None  # an upper estimate
+
+
+def expected_memory(skeleton: nn.Module, config: TrainConfig, placement: Placement, dtype: torch.dtype) -> Expected:
+    if placement.stages > 1:
+        return Expected(None, None)
+    resident = len(decoder_layers(skeleton)) if placement.shard_ranks == 1 else placement.resident_layers
+    held = held_bytes(*layer_bytes(skeleton), placement.shard_ranks, resident)
+    if placement.zero_stage == 3 or placement.offload or placement.context_ranks > 1 or placement.gather_once:
+        return Expected(held, None)
+    return Expected(held, peak_bytes(skeleton, config, placement.shard_ranks, dtype, resident))
+
+
 def peak_bytes(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype: torch.dtype, resident: int) -> int:
     """A rank's estimated peak in a step with that many resident layers: an upper estimate, the base's part by count.
 
     base at rest + what is gathered (the root group twice, two layers twice) + one dequantized weight + adapters with
     gradients, AdamW's moments and the reduction's buffers + activations of the longest micro-batch.
     """
-    layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
-    outside, num_sharded = base_bytes(skeleton).total - sum(layers), len(layers) - resident
-    held = (outside + sum(layers[:num_sharded])) / shard_size + sum(layers[num_sharded:])
-    gathered = 2 * outside + 4 * max(layers)
-    if not num_sharded:  # whole: nothing is gathered
-        held, gathered = outside + sum(layers), 0
+    outside, layers = layer_bytes(skeleton)
+    gathered = 2 * outside + 4 * max(layers) if resident < len(layers) else 0  # whole: nothing is gathered
+    held = held_bytes(outside, layers, shard_size, resident)
     matrices = [p.shape for m in skeleton.modules() for p in packed_weights(m).values()]
     matrices += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
     dequantized = max(shape[-2] * shape[-1] for shape in matrices) * dtype.itemsize

@@ -83,19 +83,26 @@ def _go_on(
     notes += [f"warning: {path} is damaged or not whole, and is set aside as {path.name}.damaged" for path in damaged]
     folder.resume_from, folder.wandb_run_id = newest, state["wandb_run_id"]
     folder.restarts = state["restarts"] + 1
+    folder.previous = {"status": state["status"], "error": (state["summary"] or {}).get("error")}
     step = int(newest.name.removeprefix("step-")) if newest else 0
     notes.append(f"going on from {newest}" if newest else f"{folder.root} holds no checkpoint: from the beginning")
     try:
         folder.clear_leftovers()
         for path in damaged:  # else it would count among the newest ones that are kept
             folder.set_aside(path)
-        folder.trim_metrics(step if newest else -1)
+        folder.trim_metrics(step if newest else -1, evaluated=bool(newest) and _knows_evaluation(newest, step))
         as_begun = {"gradient_accumulation_steps": then["gradient_accumulation_steps"]}  # for the ranks it began on
         folder.write_config(dataclasses.replace(config, **as_begun))
         folder.write_state("running", step)
     except OSError as error:
         raise UserError(f"--output_dir {folder.root}: cannot be written: {error.strerror}") from None
     return folder, notes
+
+
+def _knows_evaluation(checkpoint: Path, step: int) -> bool:
+    """Whether the evaluation at a checkpoint's step, if there is one, came before it; else it comes again."""
+    state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
+    return state["progress"]["eval_step"] == step
 
 
 def _find_checkpoint(path: Path) -> Path:

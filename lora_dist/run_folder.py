@@ -14,6 +14,7 @@ import yaml
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.manifest import MANIFEST, is_complete, sync, write_whole
 
+STEP = "train/global_step"  # optimizer steps done, in metrics.jsonl and samples.jsonl
 STATUSES = ("running", "completed", "preempted", "failed")
 LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still be going
 
@@ -31,6 +32,9 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.state = root / "state.json"
         self.metrics = root / "metrics.jsonl"
+        self.samples = root / "samples.jsonl"
+        self.starts = root / "starts.jsonl"
+        self.profile = root / "profile"
         self.bad_steps = root / "bad_steps.jsonl"
         self.report = root / "report.html"
         self.adapter = root / "adapter"
@@ -39,9 +43,16 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.resume_from: Path | None = None
         self.begun: dict = {}
+        self.previous: dict | None = None  # of the start before this one: its status, and its error
+        self.logged_until = -1  # the last step in metrics.jsonl when this start found it
         self.wandb_run_id: str | None = None
         self.restarts = 0
         self.num_steps: int | None = None  # known once the data is laid out
+
+    @property
+    def step(self) -> int:
+        """That this start goes on from."""
+        return int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
 
     def lock(self) -> None:
         """Make the folder, and keep other runs out of it until this process ends, however it ends. Raises UserError.
@@ -94,10 +105,44 @@ class RunFolder:
     def read_state(self) -> dict:
         return json.loads(self.state.read_text(encoding="utf-8"))
 
+    @staticmethod
+    def read_lines(path: Path) -> list[dict]:
+        """What a .jsonl file holds, nothing where there is none; without lines that a kill or a full disk cut off."""
+        found = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                found += [json.loads(line)] if line.endswith("\n") else []
+        return found
+
     def read_metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl; without the last one where it is half written."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return self.read_lines(self.metrics)
+
+    def record_start(self, start: dict) -> None:
+        """Add a line to starts.jsonl. A full disk costs the line, not the run."""
+        with contextlib.suppress(OSError):
+            lines = [*self.read_lines(self.starts), start | {"previous": self.previous}]
+            write_whole(self.starts, "".join(json.dumps(line) + "\n" for line in lines))
+
+    @staticmethod
+    def append_lines(path: Path, lines: list[dict]) -> None:
+        """All at once. A full disk costs the lines, not the run."""
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def wandb_starts(self) -> list[Path]:
+        """W&B's own directories, one for each start, the oldest first: offline-run-TIME-ID, or run-TIME-ID."""
+        directories = (self.root / "wandb").glob("*run-[0-9]*")
+        return sorted(directories, key=lambda path: path.name.removeprefix("offline-"))
+
+    def wandb_offline(self) -> list[Path]:
+        """Those that reached no server, and are not uploaded yet."""
+        starts = [path for path in self.wandb_starts() if path.name.startswith("offline-")]
+        return [path for path in starts if not list(path.glob("*.wandb.synced"))]
+
+    def wandb_sync(self) -> str | None:
+        """The command that uploads them; None where nothing is left."""
+        left = " ".join(map(str, self.wandb_offline()))
+        return f"wandb sync {left}" if left else None
 
     def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
         """Say failed, at the step that was last saved; where that cannot be written, it is not."""
@@ -165,16 +210,23 @@ class RunFolder:
         for path in [*self.checkpoints.glob("*.partial"), *self.checkpoints.glob("*.removed")]:
             shutil.rmtree(path)
 
-    def trim_metrics(self, step: int) -> None:
-        """Leave out what comes after `step`, and a last line that was cut off: those steps are taken again."""
-        for path, key in ((self.metrics, "train/global_step"), (self.bad_steps, "step")):
+    def trim_metrics(self, step: int, *, evaluated: bool = True) -> None:
+        """Leave out what comes after `step`, and a last line that was cut off: those steps are taken again.
+
+        An evaluation at `step` itself too, where the checkpoint was written before it and so was not `evaluated`.
+        """
+        self.logged_until = max((line[STEP] for line in self.read_metrics()), default=-1)
+        for path, key in ((self.metrics, STEP), (self.samples, STEP), (self.bad_steps, "step")):
             if path.exists():
+                again = "" if evaluated else "eval/loss" if path == self.metrics else "completion"
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_whole(path, "".join(line for line in lines if _is_until(line, key, step)))
+                write_whole(path, "".join(line for line in lines if _is_until(line, key, step, again)))
 
 
-def _is_until(line: str, key: str, step: int) -> bool:
+def _is_until(line: str, key: str, step: int, again: str) -> bool:
+    """`again`: what marks a line of `step` itself as one that comes again; "" for none."""
     try:
-        return line.endswith("\n") and json.loads(line)[key] <= step
+        values = json.loads(line)
+        return line.endswith("\n") and (values[key] < step or (values[key] == step and again not in values))
     except (ValueError, KeyError):
         return False

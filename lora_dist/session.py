@@ -26,21 +26,23 @@ from lora_dist.adapters import add_adapters, check_identical, check_targets, is_
 from lora_dist.base_model import base_bytes, load_model_config, meta_model
 from lora_dist.config import NothingToDo, TrainConfig, UserError, fill_in, require
 from lora_dist.data import MicroBatches
+from lora_dist.flops import BaseWork, base_work
 from lora_dist.freezing import quantized_share
+from lora_dist.measures import peak_memory_bytes
 from lora_dist.metrics import MetricsLog
-from lora_dist.packages import PACKAGES, versions
+from lora_dist.packages import PACKAGES, git_commit, versions
 from lora_dist.packing import check_packing
-from lora_dist.placement import agree, choose_placement, describe
+from lora_dist.placement import Expected, agree, choose_placement, describe, expected_memory
 from lora_dist.quantized_cache import load_cached_base
 from lora_dist.report import write_report
 from lora_dist.resume import open_run
 from lora_dist.rows import Data
-from lora_dist.run_folder import RunFolder
+from lora_dist.run_folder import STEP, RunFolder
 from lora_dist.sharding import decoder_layers
 from lora_dist.step import Training
 from lora_dist.strategies import Launch, Placement, Strategy, keep_to_one_machine, world_size
 from lora_dist.tasks import TASKS, Task
-from lora_dist.train import peak_memory_bytes, save_adapter_checked
+from lora_dist.train import save_adapter_checked
 from lora_dist.watchdog import Watchdog
 from lora_dist.weights import open_weights, weight_files
 
@@ -87,6 +89,8 @@ class BasePlan:
     placement: Placement
     task: Task
     classes: list[str] | None
+    expected: Expected
+    work: BaseWork | None
 
 
 def plan_base(
@@ -104,7 +108,8 @@ def plan_base(
     if config.packing:
         check_packing(skeleton, config)
     placement = choose_placement(launch, config, skeleton, num_ranks=world_size(), dtype=dtype)
-    return BasePlan(dtype, placement, task, classes)
+    expected = expected_memory(skeleton, config, placement, dtype)
+    return BasePlan(dtype, placement, task, classes, expected, base_work(skeleton, config))
 
 
 def prepare_training(
@@ -117,6 +122,7 @@ def prepare_training(
 ) -> Training:
     """Load the base, each rank its rows, add the adapters, whole on every rank, and lay out the data. Collective."""
     placement, started = agree(plan.placement), time.perf_counter()
+    memory_before = peak_memory_bytes(accelerator.device)
     model = load_cached_base(
         config.model_name_or_path, cache=config.quantized_cache, quantization=config.quantization, dtype=plan.dtype,
         device=accelerator.device, placement=placement, is_trained=partial(is_trained, config), task=plan.task,
@@ -135,8 +141,9 @@ def prepare_training(
         group_by_length=config.train_sampling_strategy == "group_by_length", task=plan.task,
     )  # fmt: skip
     return Training(
-        model, tokenizer, config, accelerator, micro_batches, data.held_out, folder, base, placement, load_s
-    )
+        model, tokenizer, config, accelerator, micro_batches, data.held_out, folder, base, placement, load_s,
+        plan.work, plan.expected, memory_before,
+    )  # fmt: skip
 
 
 def check_same_rows(data: Data) -> None:
@@ -164,9 +171,7 @@ def start_ranks(mixed_precision: str | None = None) -> Accelerator:
     _meet_again(on_gpu)
     # cpu=True: without it accelerate trains N separate copies where there is no GPU.
     patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)
-    accelerator = Accelerator(
-        cpu=not on_gpu, log_with="wandb", mixed_precision=mixed_precision, kwargs_handlers=[patience]
-    )
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
     if dist.is_initialized():
         distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     asked = world_size()
@@ -282,6 +287,7 @@ def banner(run: Training, strategy: Strategy) -> str:
     config, device, ranks = run.config, run.accelerator.device.type, run.accelerator.num_processes
     trainable, total = parameter_counts(run.model)
     sequences = config.per_device_train_batch_size * run.micro_batches.per_step
+    expected = _expected_peak(run)
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
         f"strategy: {strategy.name} ({strategy.summary})",
@@ -290,6 +296,7 @@ def banner(run: Training, strategy: Strategy) -> str:
         f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {held(run)}",
         f"batch: {config.per_device_train_batch_size} sequences x {run.micro_batches.per_step} micro-batches, shared by"
         f" {ranks} rank(s) = {sequences} sequences a step, {run.num_steps} steps",
+        *([f"memory: at most {expected} expected per rank, for base and training"] if expected else []),
         f"run folder: {run.folder.root}",
     ])  # fmt: skip
 
@@ -307,19 +314,30 @@ def mib(num_bytes: int) -> str:
 
 
 def metrics_log(run: Training, strategy: Strategy) -> MetricsLog:
-    """metrics.jsonl of the run folder, and its mirror, which is told how the run was made."""
-    made = {
-        "config": dataclasses.asdict(run.config),
+    """metrics.jsonl of the run folder, and its mirrors, which are told how the run was made. Collective."""
+    hosts = gather_object([socket.gethostname()])
+    trainable, total = parameter_counts(run.model)
+    start = {
+        "time": round(time.time(), 3),
+        "step": run.folder.step,
         "strategy": strategy.name,
-        "world_size": run.accelerator.num_processes,
-        "mixed_precision": run.accelerator.mixed_precision,
-        "versions": versions(),
+        "num_ranks": run.accelerator.num_processes,
+        "hosts": list(dict.fromkeys(hosts)),
         "device": device_name(),
+        "mixed_precision": run.accelerator.mixed_precision,
+        "trainable_params": trainable,
+        "all_params": total,
+        "base_bytes_total": run.base.total,
+        "base_bytes_per_rank": run.base.per_rank,
+        "rows": run.folder.begun.get("rows"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    return MetricsLog(run.folder, run.accelerator, run.config, made)
+    return MetricsLog(run.folder, run.config.report_to, rank=run.accelerator.process_index, start=start, hosts=hosts)
 
 
-def finish(run: Training, strategy: Strategy, measured: dict) -> None:
+def finish(run: Training, strategy: Strategy, measured: dict, metrics: MetricsLog) -> None:
     """Save and check the adapter, write state and report, print what came out, push if asked. Collective.
 
     A run that was preempted has saved a checkpoint already, and gets no `adapter/`.
@@ -328,16 +346,19 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
     if completed:
         save_adapter_checked(run)
     trainable, total = parameter_counts(run.model)
+    peaks = gather_object([(peak_memory_bytes(run.accelerator.device), run.memory_before_bytes)])
     summary = {
         "world_size": run.accelerator.num_processes,
         "strategy": strategy.name,
         "quantization": run.config.quantization,
         "base_bytes_total": run.base.total,
         "base_bytes_per_rank": run.base.per_rank,
+        "expected": dataclasses.asdict(run.expected) if run.expected else {},
         "trainable_params": trainable,
         "all_params": total,
         "effective_batch_sequences": run.config.per_device_train_batch_size * run.micro_batches.per_step,
-        "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes(run.accelerator.device)]),
+        "peak_memory_bytes_per_rank": [peak for peak, _ in peaks],
+        "memory_before_bytes_per_rank": [before for _, before in peaks],
         "load_s": run.load_s,
         "restarts": run.folder.restarts,
         **measured,
@@ -346,6 +367,8 @@ def finish(run: Training, strategy: Strategy, measured: dict) -> None:
         run.folder.write_state("completed" if completed else "preempted", measured["steps"], summary)
         write_report(run.folder)
         print(closing_lines(run, summary), flush=True)
+        if completed and run.config.wandb_log_adapter:
+            metrics.log_adapter()
         if completed and run.config.push_to_hub:
             url = upload_folder(repo_id=run.config.hub_model_id, folder_path=run.folder.adapter)
             print(f"pushed to {url}", flush=True)
@@ -368,8 +391,36 @@ def closing_lines(run: Training, summary: dict) -> str:
             before, after, what = math.exp(before), math.exp(after), "perplexity"
         lines.append(f"held-out {what}: {before:.2f} base, {after:.2f} base + adapter")
     lines.append(f"base: {held(run)}")
+    lines.append(_memory_line(run, summary))
     if summary["tokens_per_second"]:
         lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
-    lines += [f"{when}: {text}" for when, text in summary.get("samples", {}).items() if text]
+    lines += _sample_lines(run, summary["steps"])
     lines.append(f"run folder: {run.folder.root}")
     return "\n".join(lines)
+
+
+def _expected_peak(run: Training) -> str | None:
+    peak = run.expected.peak_bytes_per_rank if run.expected else None
+    return mib(peak) if peak else None
+
+
+def _memory_line(run: Training, summary: dict) -> str:
+    fullest = max(summary["peak_memory_bytes_per_rank"])
+    expected = f"at most {_expected_peak(run)} expected per rank, " if _expected_peak(run) else ""
+    if run.accelerator.device.type == "cuda":
+        return f"memory: {expected}at most {mib(fullest)} allocated"
+    before = max(summary["memory_before_bytes_per_rank"])
+    return (
+        f"memory: {expected}not counting the process, which held at most {mib(fullest)}, {mib(before)} before the base"
+    )
+
+
+def _sample_lines(run: Training, last_step: int) -> list[str]:
+    """What the base made of `--sample_prompt`, and what the adapter makes of it."""
+    prompt, samples = run.config.sample_prompt.rstrip(), run.folder.read_lines(run.folder.samples)
+    names = {0: "before", last_step: "after"}
+    return [
+        f"{names[line[STEP]]}: {line['prompt']}{line['completion']}"
+        for line in samples
+        if line["prompt"] == prompt and line[STEP] in names
+    ]

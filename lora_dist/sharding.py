@@ -1,5 +1,6 @@
 """torch's FSDP2 for a base that never changes: which parameters are sharded, when they are gathered and freed."""
 
+import time
 from itertools import pairwise
 
 import torch
@@ -26,10 +27,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class CountingAllGather:
-    """FSDP's default all-gather, counting the bytes it produces. One instance serves all layers of a model."""
+    """FSDP's default all-gather, counting the bytes it produces. One instance serves all layers of a model.
+
+    `wait_s`: seconds in it, which without a GPU is what the gathers take.
+    """
 
     def __init__(self):
         self.num_bytes = self.num_calls = 0
+        self.wait_s = 0.0
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(*size, dtype=dtype, device=device)
@@ -37,7 +42,10 @@ class CountingAllGather:
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         self.num_bytes += output_tensor.nbytes
         self.num_calls += 1
-        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        started = time.perf_counter()
+        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        self.wait_s += time.perf_counter() - started
+        return work
 
 
 def shard(model: PreTrainedModel, placement: Placement, device: torch.device, whole: set[nn.Parameter]) -> None:
@@ -94,6 +102,12 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 def gathered_bytes(model: nn.Module) -> int:
     """All-gather output bytes on this rank since loading; 0 where nothing is sharded."""
     return next((module.all_gather.num_bytes for module in sharded_modules(model)), 0)
+
+
+def gather_wait_s(model: nn.Module) -> float | None:
+    """Seconds this rank has waited for gathers since loading; None where that is not known, or nothing is sharded."""
+    counters = [module.all_gather for module in sharded_modules(model)]
+    return counters[0].wait_s if counters and next(model.parameters()).device.type == "cpu" else None
 
 
 def release(model: nn.Module) -> None:

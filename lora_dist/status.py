@@ -100,7 +100,6 @@ def read_status(root: Path) -> RunStatus:
     num_steps, summary = state.get("num_steps"), state.get("summary") or {}
     going = state["status"] == "running" and step_time_s and num_steps
     job_id = submitted.get("job_id") or state.get("slurm_job_id")
-    offline = sorted((root / "wandb").glob("offline-run-*"))
     settings = folder.config if folder.config.exists() else folder.job / "config.yaml"
     return RunStatus(
         run=str(root), status=state["status"], step=step, saved_step=state["step"], num_steps=num_steps,
@@ -110,7 +109,7 @@ def read_status(root: Path) -> RunStatus:
         silent_s=time.time() - lines[-1]["time"] if lines else None,
         loss=_last(lines, "train/loss"), eval_loss=_last(lines, "eval/loss"), error=summary.get("error"),
         job_id=job_id, job=job_fields(job_id) if job_id else {}, log=submitted.get("log"),
-        wandb_sync=f"wandb sync {' '.join(map(str, offline))}" if offline else None,
+        wandb_sync=folder.wandb_sync(),
         config=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {},
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ N: ranks. G: micro-batches of an optimizer step, over all ranks. B, T, V: sequen
 """
 
 import math
-import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,17 @@ from lora_dist.base_model import BaseBytes
 from lora_dist.config import TrainConfig, require
 from lora_dist.context_parallel import ContextParallel
 from lora_dist.data import MicroBatch, MicroBatches, Prefetch, model_inputs
+from lora_dist.flops import BaseWork
 from lora_dist.packing import prepare_packing
 from lora_dist.pipeline import StageDone, pipeline_of, receive_from_before, schedule, send_onward
+from lora_dist.placement import Expected
 from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.rows import Rows
 from lora_dist.run_folder import RunFolder
-from lora_dist.sharding import release
+from lora_dist.sharding import gather_wait_s, release
 from lora_dist.sources import random_key
 from lora_dist.strategies import Placement
+from lora_dist.timing import Stopwatch
 from lora_dist.zero import shard_optimizer, step_with
 
 # Of a standard deviation of the logits: roundings stay far below, a document that is seen from another far above.
@@ -48,6 +51,9 @@ class Training:
     base: BaseBytes
     placement: Placement = Placement()
     load_s: float | None = None
+    base_work: BaseWork | None = None
+    expected: Expected | None = None
+    memory_before_bytes: int = 0  # this rank's peak before the base was loaded
     num_steps: int = 0
     params: list[torch.nn.Parameter] = field(default_factory=list)
 
@@ -83,11 +89,13 @@ class Training:
 @dataclass(frozen=True)
 class StepResult:
     loss: float  # mean over the trained tokens of the global batch
+    accuracy: float  # share of the trained tokens that the highest logit gets right
     grad_norm: float  # before clipping
     num_trained_tokens: int
     num_tokens: int  # without padding
     num_positions: int  # with padding
-    data_time_s: float
+    num_pairs: float  # of positions in a row, summed over the rows
+    parts_s: dict[str, float]  # on this rank, of timing.PARTS
     stop_asked: bool  # on any rank
     bad: bool  # the loss or the gradient is not finite
     skipped: bool  # nothing was updated: bad, or fp16 overflowed, which its loss scale mends
@@ -113,29 +121,32 @@ def check_isolation(model: PeftModel, document_T: torch.Tensor, autocast) -> Non
     require(isolated, "packing", True, f"in a {model.config.model_type} {why}; {hint}")
 
 
-def forward_loss(run: Training, batch: MicroBatch) -> torch.Tensor:
-    """The summed loss of a micro-batch, or of this rank's piece of its rows."""
+def forward_loss(run: Training, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, number predicted right) of a micro-batch, or of this rank's piece of its rows."""
     with run.accelerator.autocast():
         if run.context:
             return run.context.summed_loss(run.model, batch)
         logits = run.model(**model_inputs(run.model, batch), use_cache=False).logits
-    return batch.task.summed_loss(logits, batch.labels_BL)
+    return batch.task.summed_loss(logits, batch.labels_BL), batch.task.num_correct(logits, batch.labels_BL)
 
 
 def train_step(run: Training, step: int) -> StepResult:
     """One optimizer step: G micro-batches, one reduction, then the same arithmetic on every rank."""
-    run.data_time_s, run.loss_sums = 0.0, {}
+    run.stopwatch, run.loss_sums = Stopwatch(run.accelerator.device, partial(gather_wait_s, run.model)), {}
     flat = sum_over_stages(run, step) if run.pipeline else sum_over_ranks(run, step)
     numel = sum(p.numel() for p in run.params)
-    loss_sum, num_trained, num_tokens, num_positions, num_stops = flat[numel : numel + 5].tolist()
-    grad_norm, skipped = apply_gradient(run, flat[:numel] / num_trained, keep=not math.isfinite(loss_sum))
+    loss_sum, correct, num_trained, num_tokens, num_positions, num_pairs, num_stops = flat[numel : numel + 7].tolist()
+    with run.stopwatch.part("update"):
+        grad_norm, skipped = apply_gradient(run, flat[:numel] / num_trained, keep=not math.isfinite(loss_sum))
     return StepResult(
         loss=loss_sum / num_trained,
+        accuracy=correct / num_trained,
         grad_norm=grad_norm,
         num_trained_tokens=int(num_trained),
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
-        data_time_s=run.data_time_s,
+        num_pairs=num_pairs,
+        parts_s=run.stopwatch.seconds(),
         stop_asked=num_stops > 0,
         bad=not math.isfinite(loss_sum) or (skipped and not run.accelerator.scaler),
         skipped=skipped,
@@ -154,10 +165,10 @@ def turns(run: Training) -> list[int]:
 
 def read_micro_batch(run: Training, step: int, turn: int) -> tuple[MicroBatch, list[int]]:
     """A micro-batch on the device, with its counts, and the random state set for its forward."""
-    started = time.perf_counter()
-    batch = run.read(step, turn)
-    run.data_time_s += time.perf_counter() - started
-    counts = [batch.num_trained, batch.num_tokens, batch.input_ids_BT.numel()]
+    with run.stopwatch.part("data"):
+        batch = run.read(step, turn)
+    num_rows, length = batch.input_ids_BT.shape
+    counts = [batch.num_trained, batch.num_tokens, num_rows * length, num_rows * length**2]
     piece = (run.context.piece,) if run.context else ()
     key = random_key(run.config.seed, step, run.read.turns[turn], *piece)
     torch.manual_seed(key % 2**32)  # dropout: of the micro-batch alone
@@ -196,19 +207,23 @@ def sum_over_ranks(run: Training, step: int) -> torch.Tensor:
     for turn, index in enumerate(run.read.turns):
         watchdog.moved(step, f"micro-batch {index + 1} of {total}")
         batch, counts = read_micro_batch(run, step, turn)
-        loss = forward_loss(run, batch)
-        grads = torch.autograd.grad(scaled(run, loss), run.params, allow_unused=True)
+        with run.stopwatch.part("forward"):
+            loss, correct = forward_loss(run, batch)
+        with run.stopwatch.part("backward"):
+            grads = torch.autograd.grad(scaled(run, loss), run.params, allow_unused=True)
         if share.piece:  # the first piece counts the whole rows
             counts = [0] * len(counts)
         run.loss_sums[index] = loss.item()
         stop = preemption.stop_asked()  # as late as it can be: rides on the step's one reduction
-        leaf = flatten_gradients(run.params, grads, [run.loss_sums[index], *counts, stop], num_ranks)
+        extras = [run.loss_sums[index], correct.item(), *counts, stop]
+        leaf = flatten_gradients(run.params, grads, extras, num_ranks)
         if turn < num_own:
             tree.add(0, share.piece * total + index, leaf)
     release(run.model)  # under --gather_once all of it is whole until here
     watchdog.moved(step, "reduction of the gradients")
     pieces = share.num_pieces
-    return tree_reduce(tree, [rank % pieces * share.num_groups + rank // pieces for rank in range(num_ranks)])
+    with run.stopwatch.part("reduce"):
+        return tree_reduce(tree, [rank % pieces * share.num_groups + rank // pieces for rank in range(num_ranks)])
 
 
 def sum_over_stages(run: Training, step: int) -> torch.Tensor:
@@ -222,21 +237,26 @@ def sum_over_stages(run: Training, step: int) -> torch.Tensor:
         if action == "forward":
             batch, counts = read_micro_batch(run, step, index)
             shape_BTH = torch.Size([*batch.input_ids_BT.shape, run.model.config.hidden_size])
-            receive_from_before(pipeline, shape_BTH, dtype, device)
+            with run.stopwatch.part("wait"):
+                receive_from_before(pipeline, shape_BTH, dtype, device)
             try:
-                loss = forward_loss(run, batch)
+                with run.stopwatch.part("forward"):
+                    loss, correct = forward_loss(run, batch)
                 run.loss_sums[index] = loss.item()
-                under_way[index] = pipeline.inbox_BTH, scaled(run, loss), [run.loss_sums[index], *counts]
+                extras = [run.loss_sums[index], correct.item(), *counts]
+                under_way[index] = pipeline.inbox_BTH, scaled(run, loss), extras
             except StageDone as done:
                 (hidden_states_BTH,) = done.args
                 assert (hidden_states_BTH.shape, hidden_states_BTH.dtype) == (shape_BTH, dtype)
                 send_onward(pipeline, hidden_states_BTH)
-                under_way[index] = pipeline.inbox_BTH, hidden_states_BTH, [0, 0, 0, 0]
+                under_way[index] = pipeline.inbox_BTH, hidden_states_BTH, [0] * 6
         else:
             inbox_BTH, output, extras = under_way.pop(index)
-            grad = None if pipeline.is_last else pipeline.receive(torch.empty_like(output), pipeline.stage + 1)
+            with run.stopwatch.part("wait"):
+                grad = None if pipeline.is_last else pipeline.receive(torch.empty_like(output), pipeline.stage + 1)
             inputs = [*run.params, inbox_BTH] if pipeline.stage else run.params
-            grads = torch.autograd.grad(output, inputs, grad, allow_unused=True)
+            with run.stopwatch.part("backward"):
+                grads = torch.autograd.grad(output, inputs, grad, allow_unused=True)
             if pipeline.stage:
                 pipeline.send(grads[-1], pipeline.stage - 1)
             extras = [*extras, preemption.stop_asked()]
@@ -244,8 +264,9 @@ def sum_over_stages(run: Training, step: int) -> torch.Tensor:
     pipeline.wait()
     ((_, flat),) = tree.nodes.items()
     numel = sum(p.numel() for p in run.params)
-    dist.all_reduce(flat[:numel].view(torch.int32))  # each gradient is one rank's: its bits, and zeros from the others
-    dist.all_reduce(flat[numel:])
+    with run.stopwatch.part("reduce"):
+        dist.all_reduce(flat[:numel].view(torch.int32))  # each gradient is one rank's: its bits, zeros from the others
+        dist.all_reduce(flat[numel:])
     return flat
 
 

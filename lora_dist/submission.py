@@ -24,6 +24,7 @@ import lora_dist
 from lora_dist import slurm
 from lora_dist.config import TrainConfig, UserError, as_flags, fill_in, parse_config, require
 from lora_dist.manifest import write_whole
+from lora_dist.packages import COMMIT_FILE, git_commit
 from lora_dist.run_folder import RunFolder, write_config
 from lora_dist.slurm import Job, SlurmOptions
 
@@ -152,6 +153,7 @@ def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
 def _copy_code(recipe: Path, code: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(lora_dist.__file__).parent, code / "lora_dist", ignore=ignore)
+    (code / COMMIT_FILE).write_text(git_commit() or "")
     (code / "recipes").mkdir()
     for file in recipe.parent.glob("*.py"):  # those beside it, as it may import them
         shutil.copy(file, code / "recipes")

@@ -58,6 +58,15 @@ class Task:
             logits_BTV, labels_BL = logits_BTV[:, :-1], labels_BL[:, 1:]
         return ((logits_BTV.argmax(-1) == labels_BL) | (labels_BL == IGNORE_INDEX)).all(1)
 
+    def num_correct(self, logits: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        """How many of what is trained the highest logit gets right; of several classes at once, how many decisions."""
+        if self.name == "SEQ_CLS" and labels_BL.shape[1] > 1:
+            return ((logits > 0) == labels_BL.bool())[labels_BL != IGNORE_INDEX].sum()
+        if self.name == "CAUSAL_LM":
+            logits, labels_BL = logits[:, :-1], labels_BL[:, 1:]
+        highest = logits.max(-1).indices  # not argmax, which on bf16 takes a CPU 6 times as long
+        return (highest.flatten() == labels_BL.flatten()).sum()
+
     def summed_loss(self, logits: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
         """Cross entropy in fp32, summed over what is trained. `logits`: (B, T, V), of SEQ_CLS (B, V)."""
         if self.name == "SEQ_CLS" and labels_BL.shape[1] > 1:

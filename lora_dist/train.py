@@ -1,24 +1,23 @@
 """The training loop: steps, evaluations, checkpoints and metrics, from wherever the run goes on."""
 
 import contextlib
-import json
 import math
-import resource
 import statistics
 import sys
 import time
 
-import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from lora_dist import preemption, watchdog
 from lora_dist.adapters import check_identical, save_adapter, verify_adapter
 from lora_dist.checkpoint import RECENT_LOSSES, Progress, Saver, restore
 from lora_dist.config import RunFailed, require
-from lora_dist.evaluation import evaluate
+from lora_dist.evaluation import complete_samples, evaluate
 from lora_dist.manifest import sync_files
+from lora_dist.measures import peak_memory_bytes, rank_metrics, step_metrics
 from lora_dist.metrics import MetricsLog
+from lora_dist.profiling import StepProfiler
+from lora_dist.progress import ProgressLine
 from lora_dist.reduction import any_rank
 from lora_dist.sharding import gathered_bytes
 from lora_dist.step import StepResult, Training, train_step
@@ -39,21 +38,25 @@ def train(run: Training, metrics: MetricsLog) -> dict:
         with contextlib.suppress(OSError):  # a full disk
             run.folder.write_state("running", progress.step)
     saver = Saver(run)
-    bar = _progress_bar(run, progress)
+    line = ProgressLine(run.num_steps, progress.step, shown=run.accelerator.is_main_process)
+    profiler = StepProfiler(config.profile_steps, run.folder, run.accelerator.process_index)
     run.model.train()
     watchdog.moved(progress.step, "evaluation")
     stopped = any_rank(preemption.stop_asked(), run.accelerator.device)  # while it was loading
     if not stopped:
         evaluate_if_due(run, metrics, progress)
     while progress.step < run.num_steps and not stopped:
+        profiler.before(progress.step + 1)
         started, gathered_before = time.perf_counter(), gathered_bytes(run.model)
         result = train_step(run, progress.step)
         step_time_s, gathered = time.perf_counter() - started, gathered_bytes(run.model) - gathered_before
-        count_step(run, progress, result, step_time_s)
+        count_step(run, metrics, progress, result, step_time_s)
+        profiler.after(progress.step)
         last = progress.step == run.num_steps
         stopped = result.stop_asked and not last
         if progress.step % config.logging_steps == 0 or last or result.skipped:
-            metrics.log(step_metrics(run, result, progress, step_time_s), progress.step)
+            of_ranks = rank_metrics(run, result, metrics.hosts)
+            metrics.log(step_metrics(run, result, progress, step_time_s) | of_ranks, progress.step)
         is_best = not stopped and evaluate_if_due(run, metrics, progress)
         due = config.save_steps and (progress.step % config.save_steps == 0 or is_best)
         if due or last or stopped:
@@ -63,9 +66,11 @@ def train(run: Training, metrics: MetricsLog) -> dict:
             saver.finish()
         for values in saver.results():
             metrics.log(values, progress.step)
-        bar.update()
-        bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
-    bar.close()
+        line.update(progress.step, result, step_time_s, peak_memory_bytes(run.accelerator.device))
+    line.close()
+    profiler.stop(progress.step)
+    if stopped:
+        metrics.alert("preempted", f"asked to stop: left after step {progress.step} of {run.num_steps}")
     watchdog.at_rest()
     complete = progress.step == run.num_steps
     return {
@@ -78,12 +83,7 @@ def train(run: Training, metrics: MetricsLog) -> dict:
     }  # fmt: skip
 
 
-def _progress_bar(run: Training, progress: Progress) -> tqdm:
-    show = run.accelerator.is_main_process and sys.stderr.isatty()
-    return tqdm(total=run.num_steps, initial=progress.step, unit="step", disable=not show)
-
-
-def count_step(run: Training, progress: Progress, result: StepResult, step_time_s: float) -> None:
+def count_step(run: Training, metrics: MetricsLog, progress: Progress, result: StepResult, step_time_s: float) -> None:
     """Add a step to what was done. Raises RunFailed after too many bad ones in a row. Collective."""
     progress.step += 1
     progress.train_time_s += step_time_s
@@ -92,7 +92,7 @@ def count_step(run: Training, progress: Progress, result: StepResult, step_time_
     progress.skipped_steps += result.skipped
     progress.bad_steps_in_a_row = progress.bad_steps_in_a_row + 1 if result.bad else 0
     if result.bad:
-        record_bad_step(run, progress, result)
+        record_bad_step(run, metrics, progress, result)
         return
     if is_spike(result.loss, progress.recent_losses):
         progress.loss_spikes += 1
@@ -110,7 +110,7 @@ def is_spike(loss: float, recent: list[float]) -> bool:
     return loss > statistics.fmean(recent) + SPIKE_DEVIATIONS * statistics.pstdev(recent)
 
 
-def record_bad_step(run: Training, progress: Progress, result: StepResult) -> None:
+def record_bad_step(run: Training, metrics: MetricsLog, progress: Progress, result: StepResult) -> None:
     """Write down which rows a bad step was made of. Raises RunFailed where it is one too many in a row. Collective."""
     step, sums = progress.step, {}
     for of_rank in gather_object([run.loss_sums]):
@@ -123,9 +123,9 @@ def record_bad_step(run: Training, progress: Progress, result: StepResult) -> No
         ]
         record = {"step": step, "loss": repr(result.loss), "grad_norm": repr(result.grad_norm)}
         record["micro_batches"] = made_of
-        with contextlib.suppress(OSError), open(run.folder.bad_steps, "a", encoding="utf-8") as file:  # a full disk
-            file.write(json.dumps(record) + "\n")
+        run.folder.append_lines(run.folder.bad_steps, [record])
     what = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: nothing was updated"
+    metrics.alert("loss or gradient is not finite", f"{what}; its rows are in {run.folder.bad_steps}")
     if progress.bad_steps_in_a_row < run.config.max_bad_steps:
         _warn(run, f"{what}; its rows are in {run.folder.bad_steps}")
         return
@@ -140,39 +140,23 @@ def _warn(run: Training, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def step_metrics(run: Training, result: StepResult, progress: Progress, step_time_s: float) -> dict[str, float]:
-    """Of one step, and what was seen until then. A bad step has no loss: JSON knows no NaN."""
-    batches, values = run.micro_batches, {}
-    if batches.per_epoch:  # of a stream it is not known
-        values = {"train/epoch": progress.step * batches.per_step * batches.sequences / batches.per_epoch}
-    measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
-    return {
-        **values,
-        **{name: value for name, value in measured.items() if math.isfinite(value)},
-        "train/learning_rate": run.scheduler.get_last_lr()[0],  # of the next step
-        "train/tokens_seen": progress.tokens_seen,
-        "train/trainable_tokens_seen": progress.trained_tokens_seen,
-        "train/skipped_steps": progress.skipped_steps,
-        "train/loss_spikes": progress.loss_spikes,
-        "perf/step_time_s": step_time_s,
-        "perf/data_time_s": result.data_time_s,
-        "perf/tokens_per_second": result.num_tokens / step_time_s,
-        "perf/padding_fraction": 1 - result.num_tokens / result.num_positions,
-    }
-
-
 def evaluate_if_due(run: Training, metrics: MetricsLog, progress: Progress) -> bool:
-    """Evaluate the adapter as it is now, if wanted and not done yet. Whether it is the best so far. Collective.
+    """Evaluate the adapter as it is now, and complete the samples, if wanted and not done yet. Collective.
 
-    Step 0 is the base: lora_B is zero.
+    Whether it is the best so far. Step 0 is the base: lora_B is zero.
     """
     step, every = progress.step, run.config.eval_steps
     wanted = step in (0, run.num_steps) or (every and step % every == 0)
-    if not (run.eval_rows and wanted) or progress.eval_step == step:
+    if not wanted or progress.eval_step == step:
         return False
-    progress.eval_loss, progress.eval_step = evaluate(run), step
+    progress.eval_step, started = step, time.perf_counter()
+    metrics.log_samples(complete_samples(run), step)
+    if not run.eval_rows:
+        return False
+    progress.eval_loss, accuracy = evaluate(run)
     perplexity = {} if run.micro_batches.task.has_classes else {"eval/perplexity": math.exp(progress.eval_loss)}
-    metrics.log({"eval/loss": progress.eval_loss, **perplexity}, step)
+    values = {"eval/loss": progress.eval_loss, **perplexity, "eval/mean_token_accuracy": accuracy}
+    metrics.log({**values, "eval/time_s": time.perf_counter() - started}, step)
     if step == 0:
         progress.eval_loss_base = progress.eval_loss
         return False
@@ -197,10 +181,3 @@ def save_adapter_checked(run: Training) -> None:
     run.accelerator.wait_for_everyone()  # another node's ranks may be reading it still
     if run.accelerator.is_main_process:
         run.folder.put_in_place(run.folder.partial_name(folder), folder)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """This rank's peak: of allocated GPU memory, or of the process where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class _Moves:
 
 
 _moves = _Moves()
+at_failure: Callable[[str], None] | None = None  # on one rank: told the line, before that rank leaves
 
 
 def moved(step: int, doing: str) -> None:
@@ -219,6 +221,9 @@ class Watchdog:
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
             self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost)
+        if at_failure:
+            with contextlib.suppress(Exception):
+                at_failure(verdict.line)
         sys.stdout.flush()
         os._exit(verdict.exit_code)
 

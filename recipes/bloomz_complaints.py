@@ -77,8 +77,8 @@ def main(config: TrainConfig) -> None:
                 metrics.log({"eval/accuracy": scores["accuracy"]}, measured["steps"])
                 say(f"accuracy: {scores['accuracy_base']:.2f} base, {scores['accuracy']:.2f} base + adapter")
 
-        # Save
-        session.finish(run, launch.strategy, {**measured, **scores})
+            # Save
+            session.finish(run, launch.strategy, {**measured, **scores}, metrics)
 
 
 if __name__ == "__main__":

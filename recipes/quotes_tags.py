@@ -76,8 +76,8 @@ def main(config: TrainConfig) -> None:
                 say(f"micro F1: {scores['micro_f1_base']:.2f} base, {scores['micro_f1']:.2f} base + adapter")
                 say(f"macro F1: {scores['macro_f1_base']:.2f} base, {scores['macro_f1']:.2f} base + adapter")
 
-        # Save
-        session.finish(run, launch.strategy, {**measured, **scores})
+            # Save
+            session.finish(run, launch.strategy, {**measured, **scores}, metrics)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ CONFIG = TrainConfig(
     num_train_epochs=1,
     learning_rate=2e-4,
     warmup_steps=20,
+    num_eval_samples=2,
 )
 
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.evaluation import complete
     from lora_dist.formats import load_tokenizer
     from lora_dist.rows import prepare_rows
     from lora_dist.strategies import read_launch
@@ -65,14 +65,11 @@ def main(config: TrainConfig) -> None:
         say(session.banner(run, launch.strategy), flush=True)
 
         # Train
-        samples = {"before": complete(run, config.sample_prompt)}
         with session.metrics_log(run, launch.strategy) as metrics:
             measured = train(run, metrics)
-        if measured["steps"] == run.num_steps:  # else preempted: leave soon
-            samples["after"] = complete(run, config.sample_prompt)
 
-        # Save
-        session.finish(run, launch.strategy, {**measured, "samples": samples})
+            # Save
+            session.finish(run, launch.strategy, measured, metrics)
 
 
 if __name__ == "__main__":

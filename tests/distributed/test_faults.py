@@ -1,6 +1,5 @@
 """What befalls a run: ranks that die, fail or hang, numbers that are none, disks that are full, others' hands."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -167,8 +166,8 @@ def not_finite(at_step: int, index: int, what: str):
             return read(run, step, turn)
 
         def forward_loss(run, batch):
-            loss = loss_of(run, batch)
-            return loss + float("nan") if what == "loss" and hits() else loss  # its gradient stays finite
+            loss, correct = loss_of(run, batch)
+            return loss + float("nan") if what == "loss" and hits() else loss, correct  # its gradient stays finite
 
         def flatten_gradients(params, grads, extras, num_ranks):
             if what == "gradient" and hits():
@@ -396,29 +395,24 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(folder):
 
 
 class Gone:
-    """An accelerator whose tracker's process was ended."""
-
-    is_main_process = True
-
-    def __init__(self):
-        self.trackers = [self]
+    """A mirror whose process has died."""
 
     def log(self, values, step):
-        if self.trackers:
-            raise ConnectionResetError("Connection lost")
+        raise ConnectionResetError("Connection lost")
 
-    finish = log
+    def finish(self, failed):
+        raise ConnectionResetError("Connection lost")
 
 
-def test_metrics_go_on_where_wandb_is_gone(folder, config, capsys):
+def test_metrics_go_on_where_wandb_is_gone(folder, capsys):
     folder.root.mkdir()
-    config = dataclasses.replace(config, report_to="none")
-    with MetricsLog(folder, Gone(), config, {}) as metrics:
+    with MetricsLog(folder, "none", rank=0, start={}, hosts=["here"]) as metrics:
+        metrics.wandb = metrics.trackers["tensorboard"] = Gone()
         for step in (1, 2):
             metrics.log({"train/loss": 2.5}, step)
     assert [json.loads(line)["train/global_step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
-    warning = "warning: wandb is gone (ConnectionResetError: Connection lost); metrics.jsonl goes on\n"
-    assert capsys.readouterr().err == warning  # once
+    gone = "is gone (ConnectionResetError: Connection lost); metrics.jsonl goes on"
+    assert capsys.readouterr().err == f"warning: wandb {gone}\nwarning: tensorboard {gone}\n"  # once
 
 
 def late_reader(rank):

@@ -48,11 +48,15 @@ def _on_rank(rank, config, path, settings):
     ids = [
         [i for index in range(6) for row in batches.row_ids(s, index) for i in row] for s in range(batches.num_steps)
     ]
-    return [(s.loss, s.grad_norm, s.num_trained_tokens) for s in steps], evaluation, ids
+    for step, result in enumerate(steps):  # all ranks' positions, and pairs of them
+        shapes = [batches(step, index).input_ids_BT.shape for index in range(6)]
+        assert result.num_positions == sum(rows * length for rows, length in shapes)
+        assert result.num_pairs == sum(rows * length**2 for rows, length in shapes)
+    return [(s.loss, s.grad_norm, s.num_trained_tokens, s.accuracy) for s in steps], evaluation, ids
 
 
 def one_big_batch(model, chosen):
-    """(loss, gradient norm, trained tokens) in fp64."""
+    """(loss, gradient norm, trained tokens, share of them predicted right) in fp64."""
     all_rows = rows()
     batch = collate([all_rows[i] for i in chosen], pad_token_id=1)
     logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
@@ -62,7 +66,7 @@ def one_big_batch(model, chosen):
     loss = -scores.gather(2, labels.clamp(min=0)[..., None])[..., 0][trained].mean()
     gradients = torch.autograd.grad(loss, list(trainable_parameters(model).values()))
     norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
-    return loss.item(), norm.item(), int(trained.sum())
+    return loss.item(), norm.item(), int(trained.sum()), (logits[:, :-1].argmax(-1) == labels)[trained].double().mean()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -80,11 +84,12 @@ def test_against_one_big_batch_in_fp64(config, tmp_path, num_ranks, settings):
     steps, evaluation, ids = ranks[0]
     assert sorted(i for step in ids for i in step) == list(range(15))
     model = make_model(config, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).double()
-    for (loss, norm, num_trained), chosen in zip(steps, ids, strict=True):
-        big_loss, big_norm, big_trained = one_big_batch(model, chosen)
-        assert num_trained == big_trained
+    for (loss, norm, num_trained, accuracy), chosen in zip(steps, ids, strict=True):
+        big_loss, big_norm, big_trained, big_accuracy = one_big_batch(model, chosen)
+        assert num_trained == big_trained and accuracy == pytest.approx(big_accuracy.item())
         assert loss == pytest.approx(big_loss, rel=1e-6) and norm == pytest.approx(big_norm, rel=1e-5)
-    assert evaluation == pytest.approx(one_big_batch(model, range(15))[0], rel=1e-6)
+    big_loss, _, _, big_accuracy = one_big_batch(model, range(15))
+    assert evaluation == (pytest.approx(big_loss, rel=1e-6), pytest.approx(big_accuracy.item()))
 
 
 def test_a_mean_of_means_would_be_found_out(config, tmp_path):

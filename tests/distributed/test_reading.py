@@ -113,6 +113,7 @@ def _storages_on_rank(rank, path):
     return highest, base_bytes(model).per_rank
 
 
+@pytest.mark.slow
 def test_loading_holds_no_more_than_the_shard_and_a_layers_worth(checkpoint):
     folder, _ = checkpoint
     layer = 2 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1536)  # fp16

@@ -111,7 +111,7 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
         lora_target_modules=["q", "v"] if kind == "SEQ_2_SEQ_LM" else ["q_proj", "v_proj"],
     )  # fmt: skip
     path = make_base(kind, tmp_path)
-    ((_, _, evaluation, predictions),) = run_ranks(
+    ((_, _, (evaluation, accuracy), predictions),) = run_ranks(
         _train_on_rank, 1, config, kind, path, Placement(), tmp_path / "adapter"
     )
     rows, task, settings = make_rows(kind), TASKS[config.task_type], {"dtype": torch.float32}
@@ -121,7 +121,7 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
         classifier = LlamaForTokenClassification if kind == "TOKEN_CLS" else LlamaForSequenceClassification
         base = classifier.from_pretrained(path, num_labels=5, pad_token_id=0, **settings)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    total = num_trained = 0
+    total = num_trained = correct = 0
     for i in range(len(rows)):
         batch = collate([rows[i]], 0, task)
         labels = batch.labels_BL
@@ -132,12 +132,14 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
         with torch.no_grad():
             out = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels)
         total, num_trained = total + out.loss.item() * batch.num_trained, num_trained + batch.num_trained
+        correct += int(((out.logits > 0) if kind.startswith("several") else out.logits.argmax(-1)).eq(labels).sum())
         if kind.endswith("SEQ_CLS"):
             assert torch.allclose(out.logits[0], torch.tensor(predictions[i]), atol=1e-5)
         elif kind == "SEQ_2_SEQ_LM":  # right where greedy decoding writes the target
             written = model.generate(input_ids=batch.input_ids_BT, max_new_tokens=labels.shape[1], do_sample=False)
             assert predictions[i] == [float(written[0, 1:].tolist() == labels[0].tolist())]
     assert total / num_trained == pytest.approx(evaluation, rel=1e-6)
+    assert 0 < accuracy < 1 and accuracy == correct / num_trained
     if task.has_classes:
         assert (tmp_path / "adapter" / "labels.json").read_text() == '["one", "two", "three", "four", "five"]\n'
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -58,3 +59,21 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     path.write_text("- lora_r\n")
     with pytest.raises(UserError, match="one `name: value` per line"):
         parse_config(DEFAULTS, ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--profile_steps", "10"], "--profile_steps 10: must be FIRST:LAST"),
+        (["--profile_steps", "5:3"], "--profile_steps 5:3: must be FIRST:LAST"),
+        (["--profile_steps", "0:3"], "--profile_steps 0:3: must be FIRST:LAST"),
+        (["--profile_steps", "1:2:3"], "--profile_steps 1:2:3: must be FIRST:LAST"),
+        (["--num_eval_samples", "-1"], "--num_eval_samples -1: must be 0 or more"),
+        (["--wandb_log_adapter", "true", "--report_to", "none"], "has no effect without --report_to wandb"),
+        (["--report_to", "wandbb"], "no tracker 'wandbb'; did you mean wandb?"),
+    ],
+)
+def test_what_is_seen_of_a_run_is_asked_for_rightly(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse_config(DEFAULTS, flags)
+    assert parse_config(DEFAULTS, ["--profile_steps", "10:13"]).profile_steps == "10:13"

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from families import make_checkpoint
 from transformers import OPTConfig
 
-from lora_dist.base_model import base_bytes, meta_model
+from lora_dist.base_model import base_bytes, load_base, meta_model
 from lora_dist.config import TrainConfig, UserError
-from lora_dist.placement import choose_placement, layers_that_fit, peak_bytes
+from lora_dist.placement import choose_placement, expected_memory, layers_that_fit, peak_bytes
 from lora_dist.sharding import decoder_layers
 from lora_dist.strategies import STRATEGIES, Launch, Placement, read_launch
 
@@ -25,6 +26,38 @@ def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     config = dataclasses.replace(config, **settings)
     return choose_placement(Launch(STRATEGIES[strategy], "bf16"), config, skeleton, num_ranks=num_ranks, dtype=DTYPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "family, quantization", [("embedded", "int8"), ("embedded", "none"), ("gpt2", "nf4"), ("mixtral", "int8")]
+)
+def test_what_is_reckoned_with_is_what_is_loaded(tmp_path, family, quantization, dtype):
+    path = family if family == "embedded" else str(make_checkpoint(family, tmp_path, dtype))
+    device = torch.device("cpu")
+    loaded = load_base(path, quantization=quantization, dtype=dtype, device=device, placement=Placement())
+    reckoned = meta_model(path, quantization, dtype)
+    seen, expected = (
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        for model in (loaded, reckoned)
+    )
+    assert seen == expected and base_bytes(loaded) == base_bytes(reckoned)
+
+
+def test_memory_is_expected_where_it_is_reckoned(skeleton, config):
+    whole = base_bytes(skeleton).total
+    layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
+
+    def expected(**placement):
+        found = expected_memory(skeleton, config, Placement(**placement), DTYPE)
+        return found.base_bytes_per_rank, found.peak_bytes_per_rank is not None
+
+    assert expected() == (whole, True)
+    assert expected(shard_ranks=2) == (whole // 2, True)
+    assert expected(shard_ranks=2, resident_layers=1) == ((whole - layers[-1]) // 2 + layers[-1], True)
+    assert expected(shard_ranks=2, gather_once=True) == (whole // 2, False)
+    assert expected(shard_ranks=2, context_ranks=2) == (whole // 2, False)
+    assert expected(stages=2) == (None, False)
 
 
 @pytest.mark.parametrize(

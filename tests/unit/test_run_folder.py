@@ -11,7 +11,7 @@ from lora_dist import run_folder
 from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, NothingToDo, TrainConfig, UserError
 from lora_dist.manifest import MANIFEST, write_manifest
 from lora_dist.resume import open_run
-from lora_dist.run_folder import RunFolder
+from lora_dist.run_folder import STEP, RunFolder
 
 BEGUN = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16", "rows": "abc"}
 
@@ -28,7 +28,7 @@ def begun(config, tmp_path, monkeypatch):
 def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
     path = folder.checkpoint(step)
     path.mkdir(parents=True)
-    state = {"config": dataclasses.asdict(config), "begun": BEGUN, "progress": {"step": step}}
+    state = {"config": dataclasses.asdict(config), "begun": BEGUN, "progress": {"step": step, "eval_step": None}}
     (path / "training_state.json").write_text(json.dumps(state))
     (path / "optimizer.safetensors").write_bytes(b"moments")
     write_manifest(path)
@@ -191,7 +191,7 @@ def test_a_restart_by_torchrun_needs_a_folder(config, monkeypatch):
 
 def test_the_lock_goes_with_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.3)
-    hold = "from pathlib import Path; from lora_dist.run_folder import RunFolder; import time\n"
+    hold = "from pathlib import Path; from lora_dist.run_folder import STEP, RunFolder; import time\n"
     hold += f"RunFolder(Path({str(tmp_path)!r})).lock(); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
@@ -210,3 +210,44 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(begun):
         add_checkpoint(folder, step, config)
     folder.prune_checkpoints(2, best_step=4)
     assert [path.name for path in folder.saved_checkpoints()] == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_what_comes_after_the_step_gone_on_from_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    files = {folder.metrics: "train/global_step", folder.samples: "train/global_step", folder.bad_steps: "step"}
+    for path, key in files.items():
+        folder.append_lines(path, [{key: step, "text": "\u2028"} for step in range(9)])
+        with open(path, "a") as file:
+            file.write('{"' + key)  # a kill
+    with open(folder.metrics, "a") as file:
+        file.write('{"a line of its own": 1}\n')  # the half line before it is lost with it
+    folder.trim_metrics(5)
+    assert folder.logged_until == 8
+    for path, key in files.items():
+        folder.append_lines(path, [{key: 6}])
+        assert [line[key] for line in folder.read_lines(path)] == list(range(7))
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_comes_again(tmp_path):
+    """Stopped at its step, so saved before it; then evaluated by the next start, which was killed."""
+    folder = RunFolder(tmp_path)
+    lines = [{STEP: 4, "eval/loss": 2.0}, {STEP: 5, "train/loss": 1.0}, {STEP: 5, "eval/loss": 1.5}]
+    samples = [{STEP: 4, "completion": "a"}, {STEP: 5, "completion": "b"}]
+    for evaluated, left in ((True, 3), (False, 2)):
+        for path, of_file in ((folder.metrics, lines), (folder.samples, samples)):
+            path.unlink(missing_ok=True)
+            folder.append_lines(path, of_file)
+        folder.trim_metrics(5, evaluated=evaluated)
+        assert folder.read_metrics() == lines[:left] and folder.read_lines(folder.samples) == samples[: left - 1]
+
+
+def test_each_start_is_a_line_also_after_a_half_written_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.record_start({"step": 0})
+    with open(folder.starts, "a") as file:
+        file.write('{"ste')
+    folder.previous = {"status": "running", "error": None}
+    folder.record_start({"step": 5})
+    assert folder.read_lines(folder.starts) == [
+        {"step": 0, "previous": None}, {"step": 5, "previous": {"status": "running", "error": None}}
+    ]  # fmt: skip

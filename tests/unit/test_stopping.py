@@ -11,29 +11,6 @@ from lora_dist import preemption
 from lora_dist.train import SPIKE_MIN_LOSSES, is_spike
 
 
-def test_wandbs_stop_button_asks_all_ranks(monkeypatch, tmp_path):
-    """Its default would raise KeyboardInterrupt in rank 0 alone."""
-    import wandb
-
-    from lora_dist import metrics
-    from lora_dist.run_folder import RunFolder
-
-    asked = {}
-
-    class Accelerator:
-        def init_trackers(self, project, config, init_kwargs):
-            asked.update(init_kwargs["wandb"])
-
-    monkeypatch.setattr(preemption, "_first_asked_s", None)
-    folder = RunFolder(tmp_path)
-    folder.wandb_run_id = "abc"
-    metrics._init_wandb(wandb, folder, Accelerator(), {}, offline=True)
-    assert not preemption.stop_asked()
-    asked["settings"].stop_fn()
-    assert preemption.stop_asked()
-    assert (asked["id"], asked["resume"]) == ("abc", "allow")  # and a run that goes on is one run there
-
-
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_a_second_signal_leaves_at_once(number):
     code = "import time; from lora_dist import preemption; preemption.REPEAT_S = 0.2; preemption.install_handlers()\n"

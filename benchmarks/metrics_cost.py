@@ -1,0 +1,104 @@
+"""What it costs a step to be measured and logged: milliseconds on rank 0, and their share of the step.
+
+    python benchmarks/metrics_cost.py
+
+Two CPU ranks, fsdp, the embedded base, every step logged. Wall time of what training waits for: reading the clocks'
+sums, the ranks' gather, the line on the disk, the mirrors, the line for people, and the count of tokens that are right.
+The ranks meet before they gather, uncounted: a rank that is early waits there and not in the next step's first gather.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+os.chdir(ROOT)
+
+import conftest  # noqa: E402, F401
+from ranks import fork_ranks  # noqa: E402
+
+FLAGS = "--max_steps 40 --warmup_steps 2 --eval_fraction 0 --dataset_test_split none --save_steps 0 --sample_prompt"
+PARTS = {
+    "train.rank_metrics": "the ranks' numbers, gathered",
+    "train.step_metrics": "the step's numbers",
+    "metrics.MetricsLog.log": "metrics.jsonl and the mirror",
+    "progress.ProgressLine.update": "the line for people",
+    "tasks.Task.num_correct": "tokens that are right",
+}
+
+
+def clocked(folder: Path):
+    """A patch: seconds in each of PARTS and in all of a step, of rank 0."""
+
+    def patch(rank: int) -> None:
+        import torch.distributed as dist
+
+        import lora_dist.session
+        from lora_dist import train
+
+        seconds: dict[str, float] = dict.fromkeys([*PARTS, "step"], 0.0)
+        steps = []
+
+        def clock(owner, name: str, key: str) -> None:
+            original = getattr(owner, name)
+
+            def timed(*args, **kwargs):
+                if name == "rank_metrics":
+                    dist.barrier()
+                started = time.perf_counter()
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    seconds[key] += time.perf_counter() - started
+
+            setattr(owner, name, timed)
+
+        for key in PARTS:
+            module, *path = key.split(".")
+            owner = sys.modules[f"lora_dist.{module}"]
+            for part in path[:-1]:
+                owner = getattr(owner, part)
+            clock(owner, path[-1], key)
+        clock(train, "train_step", "step")
+        update = lora_dist.train.ProgressLine.update
+
+        def step_done(*args, **kwargs):
+            update(*args, **kwargs)
+            steps.append(dict(seconds))
+            seconds.update(dict.fromkeys(seconds, 0.0))
+            if rank == 0:
+                (folder / "steps.json").write_text(json.dumps(steps))
+
+        lora_dist.train.ProgressLine.update = step_done
+
+    return patch
+
+
+def measure(report_to: str) -> dict[str, float]:
+    """Median milliseconds of each part, over the steps but the first five."""
+    with tempfile.TemporaryDirectory() as name:
+        flags = [*FLAGS.split(), "", "--report_to", report_to, "--output_dir", f"{name}/run"]
+        env = {"ACCELERATE_MIXED_PRECISION": "bf16", "WANDB_MODE": "offline"}
+        ended = fork_ranks(*flags, strategy="fsdp", env=env, patch=clocked(Path(name)), timeout_s=300)
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        steps = json.loads(Path(f"{name}/steps.json").read_text())[5:]
+    return {key: 1000 * statistics.median(step[key] for step in steps) for key in steps[0]}
+
+
+def main():
+    print("| mirror | " + " | ".join(f"{what}, ms" for what in PARTS.values()) + " | all, ms | step, ms | share |")
+    print("|---" * (len(PARTS) + 4) + "|")
+    for report_to in ("none", "wandb", "tensorboard", "none", "wandb", "tensorboard"):
+        parts = measure(report_to)
+        step = parts.pop("step")
+        cells = [report_to, *(f"{ms:.2f}" for ms in parts.values()), f"{sum(parts.values()):.2f}", f"{step:.0f}"]
+        print("| " + " | ".join([*cells, f"{sum(parts.values()) / step:.2%}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
