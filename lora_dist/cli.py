@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
-        _add_doctor, _add_generate, _add_prepare, _add_quantize, _add_report, _add_status, _add_strategies, _add_submit
+        _add_dashboard, _add_doctor, _add_generate, _add_prepare, _add_push, _add_quantize, _add_report, _add_status,
+        _add_strategies, _add_submit,
     ):  # fmt: skip
         add(commands)
     argv, recipe = _split_at_recipe(sys.argv[1:] if argv is None else argv)
@@ -37,6 +38,29 @@ def _split_at_recipe(argv: list[str]) -> tuple[list[str], list[str]]:
             if word.endswith(".py"):
                 return argv[:position], argv[position:]
     return argv, []
+
+
+def _add_dashboard(commands) -> None:
+    command = commands.add_parser(
+        "dashboard", help="make a workspace in Weights & Biases for the runs of a project",
+        description="Save a view of a project in Weights & Biases: loss, optimisation, throughput, where the time "
+        "goes, memory per rank, data, checkpoints, samples, a comparison of runs. Prints its address.",
+        epilog="Example: lora-dist dashboard --entity my-team --project lora-dist",
+    )  # fmt: skip
+    command.add_argument("--entity", metavar="E", help="user or team that the project belongs to")
+    command.add_argument("--project", default="lora-dist", metavar="P", help="default: lora-dist")
+    command.add_argument("--url", help="address of an earlier view, to write over instead of making another")
+    command.add_argument("--dump", action="store_true", help="print the view as JSON; needs no account")
+    command.set_defaults(run=_dashboard)
+
+
+def _dashboard(args) -> None:
+    from lora_dist import dashboard
+
+    if args.dump:
+        print(json.dumps(dashboard.spec(dashboard.build(args.entity or "entity", args.project)), indent=2))
+        return
+    print(dashboard.apply(args.entity, args.project, args.url))
 
 
 def _add_doctor(commands) -> None:
@@ -174,6 +198,26 @@ def _read_submission(args):
     return read_submission(recipe, flags, args.config_file, options)
 
 
+def _add_push(commands) -> None:
+    command = commands.add_parser(
+        "push", help="replay a run folder into one new run of Weights & Biases",
+        description="Log all of a run folder's metrics.jsonl and samples.jsonl into one new run of Weights & Biases: "
+        "for a run that was trained without it, or whose uploads went wrong. Prints its address.",
+        epilog="Example: lora-dist push runs/a --project lora-dist",
+    )  # fmt: skip
+    command.add_argument("run_folder", metavar="RUN")
+    command.add_argument("--project", metavar="P", help="default: WANDB_PROJECT, or lora-dist")
+    command.add_argument("--entity", metavar="E", help="user or team; default: the account's")
+    command.set_defaults(run=_push)
+
+
+def _push(args) -> None:
+    from lora_dist.run_folder import RunFolder
+    from lora_dist.wandb_run import push
+
+    print(push(RunFolder(Path(args.run_folder)), args.project, args.entity))
+
+
 def _add_quantize(commands) -> None:
     command = commands.add_parser(
         "quantize", help="write a quantized base that any number of ranks can load",
@@ -211,22 +255,30 @@ def _quantize(args) -> None:
 def _add_report(commands) -> None:
     command = commands.add_parser(
         "report",
-        help="draw a run folder into report.html",
-        description="Draw a run folder into its report.html. Example: lora-dist report runs/short",
+        help="draw a run folder, or a comparison of several, into one page",
+        description="Draw a run folder into its report.html; or several into a page that compares them.",
+        epilog="Example: lora-dist report runs/a runs/b --output comparison.html",
     )
-    command.add_argument("run_folder", metavar="RUN")
+    command.add_argument("run_folders", nargs="+", metavar="RUN")
+    command.add_argument("--output", metavar="FILE.html", help="default: RUN/report.html; of several, comparison.html")
     command.set_defaults(run=_report)
 
 
 def _report(args) -> None:
-    from lora_dist.report import write_report
+    from lora_dist.report import write_comparison, write_report
     from lora_dist.run_folder import RunFolder
 
-    folder = RunFolder(Path(args.run_folder))
-    if not folder.config.is_file():
-        raise UserError(f"{folder.root}: holds no config.yaml; give a run folder")
-    write_report(folder)
-    print(folder.report)
+    folders = [RunFolder(Path(root)) for root in args.run_folders]
+    for folder in folders:
+        if not folder.config.is_file() or not folder.state.is_file():
+            raise UserError(f"{folder.root}: holds no config.yaml and state.json; give a run folder")
+    if len(folders) == 1:
+        path = Path(args.output) if args.output else folders[0].report
+        write_report(folders[0], path)
+    else:
+        path = Path(args.output or "comparison.html")
+        write_comparison(folders, path)
+    print(path)
 
 
 def _add_status(commands) -> None:

@@ -9,9 +9,10 @@ from lora_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 ORDER = """__init__ embedded packages preemption config deepspeed_config strategies sources tasks formats labels rows
-    packing data context_parallel manifest weights quantization serialization sharding zero freezing
-    reduction pipeline base_model quantized_cache placement adapters run_folder resume watchdog metrics scores report
-    step evaluation checkpoint train session oddities preflight slurm submission status cli""".split()
+    packing data context_parallel manifest weights quantization serialization sharding zero freezing flops timing
+    reduction pipeline base_model quantized_cache placement adapters run_folder resume watchdog metric_names wandb_run
+    metrics scores charts report profiling step progress evaluation checkpoint measures train session oddities preflight
+    dashboard slurm submission status cli""".split()
 
 
 def test_modules_import_only_earlier_ones():
