@@ -11,7 +11,7 @@ from lora_dist.data import MicroBatch, collate, model_inputs
 from lora_dist.reduction import block
 from lora_dist.sharding import release
 from lora_dist.step import Training, data_share, forward_loss
-from lora_dist.tasks import IGNORE_INDEX
+from lora_dist.tasks import IGNORE_INDEX, Task
 
 MAX_NEW_TOKENS = 48  # of a completion
 
@@ -98,39 +98,42 @@ def complete_samples(run: Training) -> list[dict[str, str | None]]:
 
     {"prompt", "reference", "completion"}. Of a row that is trained from its start, the first half is the prompt.
     """
-    samples = [(run.config.sample_prompt.rstrip(), None)] if run.config.sample_prompt else []
+    samples, decode = [], partial(run.tokenizer.decode, skip_special_tokens=True)
+    if run.config.sample_prompt:
+        # The space that ends a prompt belongs to the next word's token: leave it to the model.
+        samples.append((run.tokenizer(run.config.sample_prompt.rstrip())["input_ids"], None))
     if not run.micro_batches.task.has_classes:
-        rows = (run.eval_rows[i] for i in range(min(run.config.num_eval_samples, len(run.eval_rows or ()))))
-        samples += [_prompt_and_reference(run, row) for row in rows]
-    return [{"prompt": p, "reference": r, "completion": complete(run, p)} for p, r in samples]
+        for i in range(min(run.config.num_eval_samples, len(run.eval_rows or ()))):
+            prompt, reference = _cut(run.eval_rows[i], run.micro_batches.task)
+            samples.append((prompt, decode(reference[:MAX_NEW_TOKENS])))
+    return [
+        {"prompt": decode(prompt).rstrip(), "reference": reference, "completion": decode(complete(run, prompt))}
+        for prompt, reference in samples
+    ]
 
 
-def _prompt_and_reference(run: Training, row: dict) -> tuple[str, str]:
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    trained = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
-    if run.micro_batches.task.labels_each_token:
-        cut = trained[0] if trained[0] > 1 else -(-len(ids) // 2)
-        ids, labels = ids[:cut], ids[cut:]
-    decode = partial(run.tokenizer.decode, skip_special_tokens=True)
-    return decode(ids).rstrip(), decode([token for token in labels if token != IGNORE_INDEX][:MAX_NEW_TOKENS])
+def _cut(row: dict, task: Task) -> tuple[list[int], list[int]]:
+    """The tokens of a row that are given, and those that are to be written."""
+    ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
+    if task.labels_each_token:
+        first = next(t for t, label in enumerate(labels) if label != IGNORE_INDEX)
+        cut = first if first > 1 else -(-len(ids) // 2)
+        ids, labels = ids[:cut], labels[cut:]
+    return ids, [label for label in labels if label != IGNORE_INDEX]
 
 
 @torch.no_grad()
-def complete(run: Training, prompt: str) -> str:
-    """How the model goes on. Collective: every rank generates the same tokens in lockstep.
-
-    The space that ends a prompt belongs to the next word's token: leave it to the model.
-    """
+def complete(run: Training, prompt: list[int]) -> list[int]:
+    """The tokens that the model goes on with. Collective: every rank generates the same ones in lockstep."""
     watchdog.still_moving()
-    inputs = run.tokenizer(prompt, return_tensors="pt").to(run.accelerator.device)
+    prompt_BT = torch.tensor([prompt], device=run.accelerator.device)
     run.model.eval()
     with run.accelerator.autocast():
         out = run.model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+            input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS, use_cache=not run.pipeline,
             pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
         )  # fmt: skip
     run.model.train()
     release(run.model)
-    new = out[0] if run.model.config.is_encoder_decoder else out[0, inputs["input_ids"].shape[1] :]
-    return run.tokenizer.decode(new, skip_special_tokens=True)
+    return out[0].tolist() if run.model.config.is_encoder_decoder else out[0, len(prompt) :].tolist()
