@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_POINTS = 600  # of a line: more than a screen shows
+MAX_POINTS_OF_ALL = 4 * MAX_POINTS  # of a chart's lines, so that many runs fit on a page
+MAX_DOTS = 120  # more would cover each other
+LETTER = 7.0  # width of a digit in pixels
 Points = Sequence[tuple[float, float]]  # (step, value), by step
 
 
@@ -81,7 +84,10 @@ def draw(
     values = [value for one in series for _, value in one.points]
     y_ticks = ticks(min(values), max(values), 4)
     last = max(steps) if max(steps) > min(0, *steps) else min(steps) + 1
-    frame = Frame(width, height, (min(0, *steps), last), (min(y_ticks[0], *values), max(y_ticks[-1], *values)))
+    y_texts = tick_texts(y_ticks)
+    left = max(Chart.left, math.ceil(LETTER * max(map(len, y_texts))) + 9)
+    frame = Frame(width, height, (min(0, *steps), last), (min(y_ticks[0], *values), max(y_ticks[-1], *values)), left)
+    most = min(MAX_POINTS, MAX_POINTS_OF_ALL // len(series))
     x_ticks = [step for step in ticks(*frame.steps, 5) if frame.steps[0] <= step <= last and step == int(step)]
     return Chart(
         title=title,
@@ -89,18 +95,22 @@ def draw(
         series=[
             Drawn(
                 one.name,
-                [(frame.x(step), frame.y(value)) for step, value in (one.points if one.as_dots else thin(one.points))],
+                [
+                    (frame.x(step), frame.y(value))
+                    for step, value in thin(one.points, MAX_DOTS if one.as_dots else most)
+                ],
                 one.as_dots or len(one.points) == 1,
                 one.style,
             )
             for one in series
         ],
-        x_ticks=[(frame.x(step), tick_text(step)) for step in x_ticks],
-        y_ticks=[(frame.y(value), tick_text(value)) for value in y_ticks],
+        x_ticks=list(zip(map(frame.x, x_ticks), tick_texts(x_ticks), strict=True)),
+        y_ticks=list(zip(map(frame.y, y_ticks), y_texts, strict=True)),
         marks=[frame.x(step) for step in restarts if frame.steps[0] <= step <= last],
         summary="; ".join(_in_words(one) for one in series),
         width=width,
         height=height,
+        left=left,
     )
 
 
@@ -133,9 +143,19 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def tick_text(value: float) -> str:
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """With as many digits as it takes to say each exactly: 12345 and 12346 are not both 12.35k."""
+    exact = (digits for digits in range(4, 13) if all(float(f"{value:.{digits}g}") == value for value in values))
+    digits = next(exact, 13)
+    return [tick_text(value, digits) for value in values]
+
+
+def tick_text(value: float, digits: int = 4) -> str:
     size = abs(value)
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
-    return f"{value:.4g}" if size >= 1e-3 or not value else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+            return f"{value / (1e3 if letter == 'k' else limit):.{digits}g}{letter}"
+    if size >= 1e-3 or not value:
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

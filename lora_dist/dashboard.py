@@ -1,14 +1,20 @@
 """A workspace in Weights & Biases, as code: what one looks at in a run of this toolkit, and how runs are compared."""
 
 import json
+import math
 import os
 import re
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import wandb
 
 from lora_dist.config import UserError
 from lora_dist.run_folder import STEP
+from lora_dist.wandb_run import why_no_answer
 
 NAME = "lora-dist"
 OF_RANKS = r"memory/rank\d+/peak_allocated_gib", r"memory/rank\d+/peak_reserved_gib", r"perf/rank\d+/reduce_time_s"
+ANSWER_S = 10  # wandb itself waits 20 s for a server that is not there, and calls its own service busy then
 PARTS = ("data", "gather", "wait", "forward", "backward", "reduce", "update")
 
 
@@ -26,8 +32,10 @@ def build(entity: str, project: str):
     def of_ranks(title: str, regex: str) -> wr.LinePlot:
         return wr.LinePlot(title=title, x=STEP, metric_regex=regex)
 
-    def section(name: str, *panels) -> ws.Section:
-        return ws.Section(name=name, panels=list(panels), is_open=True)
+    def section(name: str, *panels, columns: int = 3) -> ws.Section:
+        rows = math.ceil(len(panels) / columns)  # all on one page
+        layout = ws.SectionLayoutSettings(columns=columns, rows=rows)
+        return ws.Section(name=name, panels=list(panels), is_open=True, layout_settings=layout)
 
     stacked = {"plot_type": "stacked-area"}
     return ws.Workspace(
@@ -42,6 +50,7 @@ def build(entity: str, project: str):
                 lines("Held-out perplexity", "eval/perplexity"),
                 lines("Tokens predicted right, share", "train/mean_token_accuracy", "eval/mean_token_accuracy"),
                 lines("Scores", "eval/accuracy", "eval/micro_f1", "eval/macro_f1"),
+                columns=2,
             ),
             section(
                 "Optimisation",
@@ -65,6 +74,7 @@ def build(entity: str, project: str):
                 lines("A step, s", "perf/step_time_s"),
                 of_ranks("Waiting for the reduction, each rank, s: the least is the slowest rank", OF_RANKS[2]),
                 lines("An evaluation, s", "eval/time_s"),
+                columns=2,
             ),
             section(
                 "Memory per rank",
@@ -88,8 +98,13 @@ def build(entity: str, project: str):
                 lines("Written beside training, s", "checkpoint/write_time_s"),
                 lines("Failed saves in a row", "checkpoint/failed_saves"),
             ),
-            section("Samples", wr.MediaBrowser(title="Completions", media_keys=["eval/samples"])),
-            section("Runs", wr.RunComparer(diff_only="split")),
+            section(
+                "Samples",
+                wr.MediaBrowser(title="Completions", media_keys=["eval/samples"]),
+                wr.WeavePanelSummaryTable(table_name="eval/samples"),  # the last evaluation's, of each run
+                columns=1,
+            ),
+            section("Runs", wr.RunComparer(diff_only="split"), columns=1),
         ],
     )  # fmt: skip
 
@@ -106,23 +121,60 @@ def _without_ids(value):
     return [_without_ids(item) for item in value] if isinstance(value, list) else value
 
 
-def apply(entity: str | None, project: str, url: str | None) -> str:
-    """Save the workspace as a new view, or over the one at `url`. Returns its address. Raises UserError."""
-    import requests
-    import wandb
+def metric_names(spec: dict) -> set[str]:
+    """The metrics and media that a spec names, those of the axes included; of ranks see `metric_expressions`."""
+    lists = [config.get(key, []) for config in _configs(spec) for key in ("metrics", "mediaKeys")]
+    axes = {config["xAxis"] for config in _configs(spec) if "xAxis" in config}
+    return axes.union(*lists)
 
+
+def metric_expressions(spec: dict) -> set[str]:
+    """The regular expressions that a spec finds metrics by."""
+    return {config["metricRegex"] for config in _configs(spec) if "metricRegex" in config}
+
+
+def _configs(spec: dict) -> list[dict]:
+    return [panel["config"] for part in spec["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
+
+
+def apply(entity: str | None, project: str, url: str | None = None) -> str:
+    """Save the workspace as a new view, or over the one at `url`. Returns its address.
+
+    Raises UserError: no entity, a `url` of no view or of another project's, no key, no answer, or what is refused.
+    """
     if not entity:
         raise UserError("--entity: is missing; give the user or team that the project belongs to")
+    view = _view_name(url, entity, project) if url is not None else None
     workspace = build(entity, project)
-    os.environ["WANDB_SILENT"] = "true"
-    try:
-        if url:
-            import wandb_workspaces.workspaces as ws
 
-            earlier = ws.Workspace.from_url(re.sub(r"/workspace(?=\?|$)", "", url))
+    import wandb_workspaces.workspaces as ws
+
+    os.environ["WANDB_SILENT"] = "true"
+    settings = wandb.setup().settings
+    server = settings.base_url
+    if why := why_no_answer(server, ANSWER_S):
+        raise UserError(f"WANDB_BASE_URL {server}: {why}; give that of a server that can be reached from here")
+    try:
+        if view:
+            earlier = ws.Workspace.from_url(f"/{entity}/{project}?nw={view}")  # it takes no other path
             earlier.name, earlier.settings, earlier.sections = workspace.name, workspace.settings, workspace.sections
             workspace = earlier
-        return workspace.save().url
-    except (wandb.errors.Error, requests.RequestException, ValueError) as error:
-        server, why = wandb.setup().settings.base_url, " ".join(str(error).split())[:200]
+        saved = urlsplit(workspace.save().url)  # it lacks the app's own path, which the usual server has
+    except Exception as error:  # wandb's failed requests, and what the library makes of an answer, share no class
+        why = " ".join(str(error).split())[:200]
         raise UserError(f"dashboard: {entity}/{project} on {server}: {type(error).__name__}: {why}") from None
+    return f"{settings.app_url.rstrip('/')}{saved.path}?{saved.query}"
+
+
+def _view_name(url: str, entity: str, project: str) -> str:
+    """The name of the view at a browser's address, with or without its `/workspace`. Raises UserError."""
+    address = urlsplit(url)
+    *_, owner, name = ["", "", *unquote(address.path).strip("/").removesuffix("/workspace").split("/")]
+    view = parse_qs(address.query).get("nw", [""])[0].strip("/")
+    if not owner or not re.fullmatch(r"(?!nwuser)\w+", view):  # nwuser...: one's own, which the library cannot write
+        form = f"https://wandb.ai/{entity}/{project}?nw=a0b1c2d3"
+        raise UserError(f"--url {url}: is no saved view; give the address that this command printed, like {form}")
+    if (owner, name) != (entity, project):
+        rule = f"is a view of {owner}/{name}: give --entity {owner} --project {name}, or another address"
+        raise UserError(f"--url {url}: {rule}")
+    return view

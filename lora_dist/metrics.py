@@ -111,7 +111,8 @@ class MetricsLog:
             watchdog.at_failure = None
             self._write()
             self.file.close()
-            self._to_wandb(lambda run: run.finish(failed=error is not None))
+            why = None if error is None else f"{error_type.__name__}: {error}"
+            self._to_wandb(lambda run: run.finish(why=why))
             self._to_trackers(lambda tracker: tracker.finish())
 
 

@@ -32,7 +32,7 @@ class WandbRun:
     """Online where there is an account and a server that answers, else kept on disk: training never waits."""
 
     def __init__(self, folder: RunFolder, say: Callable[[str], None]):
-        self.folder, self.say = folder, say
+        self.folder, self.say, self._silent = folder, say, threading.Lock()
         offline = "WANDB_MODE" not in os.environ and not _reachable()
         try:
             self.run = _init(folder, offline)
@@ -65,17 +65,19 @@ class WandbRun:
         self.log({STEP: step, "eval/samples": _table(samples, step)}, step)
 
     def alert(self, title: str, text: str) -> None:
-        self.run.alert(title=title, text=text, level="WARN")
+        self.run.alert(title=title[:63], text=text, level="WARN")  # W&B takes no longer ones
 
     def log_adapter(self) -> None:
         artifact = wandb.Artifact(f"adapter-{self.run.id}", type="model", metadata={"run": self.folder.root.name})
         artifact.add_dir(str(self.folder.adapter))
         self.run.log_artifact(artifact)
 
-    def finish(self, *, failed: bool) -> None:
-        """Returns within FINISH_S, whatever the server does, and says where the run is."""
+    def finish(self, *, why: str | None) -> None:
+        """Returns within FINISH_S, whatever the server does, and says where the run is. `why` it failed, if it did."""
+        if why:
+            self._say_why(why)
         started = time.monotonic()
-        self.run.finish(exit_code=int(failed))
+        self.run.finish(exit_code=int(bool(why)))
         late = time.monotonic() - started >= FINISH_S
         rest = f"; not all was taken in {FINISH_S} s: upload it with: lora-dist push {self.folder.root}" if late else ""
         self.say(f"wandb: {self.where()}{rest}")
@@ -84,12 +86,17 @@ class WandbRun:
         """All ranks leave: say so, and wait for it no longer than FAIL_S. For the watchdog's thread."""
 
         def say_so():
-            self.alert(f"{self.folder.root.name}: failed", why)
+            self._say_why(why)
             self.run.finish(exit_code=1)
 
         thread = threading.Thread(target=say_so, daemon=True)
         thread.start()
         thread.join(FAIL_S)
+
+    def _say_why(self, why: str) -> None:
+        """Once: of a rank that is lost, the main thread may hear by an error of its own while the watchdog says it."""
+        if self._silent.acquire(blocking=False):
+            self.alert(f"{self.folder.root.name}: failed", why)
 
 
 def _init(folder: RunFolder, offline: bool, **more) -> wandb.Run:
@@ -183,7 +190,7 @@ def _base_url() -> str:
 
 def _reachable() -> bool:
     """Whether wandb would find a key, and a server that answers: its own attempt could take minutes."""
-    return _has_credentials() and _answers(_base_url())
+    return _has_credentials() and not why_no_answer(_base_url())
 
 
 def _has_credentials() -> bool:
@@ -197,9 +204,12 @@ def _has_credentials() -> bool:
         return False
 
 
-def _answers(url: str) -> bool:
-    """Whether a request is answered soon. What the answer means, or that a certificate is odd, is wandb's to say."""
+def why_no_answer(url: str, timeout_s: float = PROBE_S) -> str | None:
+    """None where a request is answered soon: what the answer means, or an odd certificate, is wandb's to say."""
     try:
-        return requests.post(f"{url}/graphql", json={"query": "{ __typename }"}, timeout=PROBE_S).status_code < 500
+        code = requests.post(f"{url}/graphql", json={"query": "{ __typename }"}, timeout=timeout_s).status_code
+        return f"answers with HTTP {code}" if code >= 500 else None
+    except requests.exceptions.SSLError:
+        return None
     except (requests.ConnectionError, requests.Timeout) as error:
-        return isinstance(error, requests.exceptions.SSLError)
+        return f"no answer ({type(error).__name__})"

@@ -216,14 +216,15 @@ class Watchdog:
             self.folder.root.mkdir(parents=True, exist_ok=True)  # another machine's disk
             with open(self.folder.root / f"stacks-rank-{self.rank:05d}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        if at_failure:  # at once: when another rank has left, this one's main thread leaves by an error
+            with contextlib.suppress(Exception):
+                at_failure(verdict.line)
+        if verdict.stalled:
             # The others are to read of it and write theirs: the store may die with this rank.
             self._stopped.wait(2 * INTERVAL_S)
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
             self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost)
-        if at_failure:
-            with contextlib.suppress(Exception):
-                at_failure(verdict.line)
         sys.stdout.flush()
         os._exit(verdict.exit_code)
 

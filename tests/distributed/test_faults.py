@@ -400,7 +400,7 @@ class Gone:
     def log(self, values, step):
         raise ConnectionResetError("Connection lost")
 
-    def finish(self, failed):
+    def finish(self, why=None):
         raise ConnectionResetError("Connection lost")
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lora_dist.charts import MAX_POINTS, Series, draw, thin, tick_text, ticks
+from lora_dist.charts import MAX_DOTS, MAX_POINTS, Series, draw, thin, tick_text, ticks
 from lora_dist.config import UserError
 from lora_dist.report import RunData, duration, memory, share, size, time_spent, write_comparison, write_report
 from lora_dist.run_folder import STEP, RunFolder
@@ -105,6 +105,8 @@ def test_where_the_time_went_adds_up(folder):
     assert spent["total"] == pytest.approx(22.5) and spent["all_logged"]
     assert sum(row["share"] for row in spent["rows"]) == pytest.approx(1)
     assert "rank 0 100 ms, rank 1 300 ms" in page(folder)
+    folder.metrics.write_text(folder.metrics.read_text().replace("perf/rank1/", "other/"))
+    assert "waits least" not in page(folder)  # of one rank
 
 
 def test_steps_that_were_not_logged_are_as_those_that_were(folder):
@@ -140,12 +142,25 @@ def test_what_went_wrong_is_listed(folder):
     folder.append_lines(folder.bad_steps, [{"step": 3, "loss": "nan", "grad_norm": "1.0", "micro_batches": []}])
     folder.append_lines(folder.metrics, [{STEP: 10, "time": 1, "checkpoint/failed_saves": 1, "train/loss_spikes": 2}])
     text = page(folder)
-    assert "step 3 was skipped: loss nan" in text and "1 checkpoint(s) could not" in text and "2 step(s) whose" in text
+    assert "step 3 was skipped: loss nan" in text and "1 checkpoint could not" in text and "2 steps whose" in text
+    folder.write_state("completed", 10, {**SUMMARY, "skipped_steps": 4})
+    assert "3 more steps skipped" in page(folder)
 
 
-def test_a_quiet_run_has_no_faults(folder):
+def faults(folder: RunFolder) -> str:
+    return page(folder).split("Faults and restarts</h2>")[1].split("<h2>")[0]
+
+
+def test_a_run_has_no_faults_only_where_it_had_none(folder):
     folder.starts.unlink()
-    assert "None." in page(folder)
+    assert "1 restart, of which nothing else was recorded" in faults(folder)
+    folder.restarts = 0
+    folder.write_state("completed", 10, SUMMARY)
+    assert "None." in faults(folder)
+    folder.write_state("failed", 5, {"error": "RuntimeError: out of luck"}, rank_lost=True)
+    assert "the run failed because a rank or its machine was gone; saved until step 5" in faults(folder)
+    folder.write_state("preempted", 5, SUMMARY)
+    assert "the run was preempted; saved until step 5" in faults(folder) and "None." not in faults(folder)
 
 
 def test_settings_stand_beside_their_defaults(folder):
@@ -162,11 +177,92 @@ def test_a_run_that_has_only_begun_has_a_page(folder):
     assert "running" in text and "<svg" not in text and "Where the time went" not in text
 
 
+@pytest.mark.parametrize("missing", [*SUMMARY, "expected.peak_bytes_per_rank", "expected.base_bytes_per_rank"])
+def test_a_summary_may_lack_anything(folder, missing):
+    summary = {name: value for name, value in SUMMARY.items() if name != missing}
+    expected = {name: None if missing.endswith(name) else size for name, size in SUMMARY["expected"].items()}
+    folder.write_state("completed", 10, summary | ({"expected": expected} if "expected" in summary else {}))
+    assert "completed" in page(folder)
+
+
+@pytest.mark.parametrize("missing", START)
+def test_a_start_may_lack_anything(folder, missing):
+    starts = [{name: value for name, value in start.items() if name != missing} for start in (START, AGAIN)]
+    folder.starts.write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert "Faults and restarts" in page(folder)
+
+
+def test_of_what_is_not_known_nothing_is_said(folder):
+    for path in (folder.starts, folder.samples):
+        path.unlink()
+    folder.config.write_text("{}")
+    folder.state.write_text(json.dumps({"status": "completed", "step": 10, "summary": {"strategy": "ddp"}}))
+    text = page(folder)
+    assert "None" not in text.split("<h2>")[0] and "Samples" not in text
+
+
+def test_what_is_no_number_is_not_drawn(folder):
+    lines = [step_line(11, **{"train/loss": math.inf, "train/grad_norm": math.nan, "perf/mfu": "much"})]
+    folder.append_lines(folder.metrics, [*lines, {STEP: 12, "time": 1.0, "eval/loss": 900.0}])
+    text = page(folder)
+    assert "2.900 → 2.000" in text and "held-out loss" in text
+    assert "Gradient norm" not in text and "Model FLOP" not in text
+
+
+def test_what_was_held_out_is_the_bases_only_at_step_0(folder):
+    lines = [line for line in folder.read_metrics() if line[STEP] > 0]
+    lines.insert(5, {STEP: 5, "time": 1.0, "eval/loss": 2.0})
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page(folder)
+    assert "held-out loss, step 5 to step 10" in text and "base to base" not in text
+    assert "held-out perplexity" not in text  # one of the two has none
+
+
+def test_rows_with_one_prompt_are_not_mixed(folder):
+    folder.samples.unlink()
+    row = {"prompt": "same"}
+    samples = [{STEP: s, **row, "reference": f"r{i}", "completion": f"s{s}r{i}"} for s in (0, 10) for i in (0, 1)]
+    folder.append_lines(folder.samples, samples)
+    first, second = (sample.split("</div>\n</div>")[0] for sample in page(folder).split("<h3>prompt</h3>")[1:])
+    for text, i in ((first, 0), (second, 1)):
+        assert (
+            f"<h4>base</h4><p>s0r{i}</p>" in text and f"<h4>step 10</h4><p>s10r{i}</p>" in text and f"r{i}</p>" in text
+        )
+    assert "between" not in page(folder)
+    folder.samples.write_text(json.dumps({STEP: 5, "prompt": "p", "reference": None, "completion": "c"}) + "\n")
+    assert "<h4>step 5</h4><p>c</p>" in page(folder) and "<h4>base</h4>" not in page(folder)
+
+
+def test_memory_of_a_run_that_goes_on_is_its_last_line(folder):
+    folder.write_state("running", 5)
+    ranks = {f"memory/rank{rank}/peak_allocated_gib": 1.0 + rank for rank in (0, 1, 10, 2)}
+    folder.append_lines(folder.metrics, [{STEP: 11, "time": 1.0, **ranks}, {STEP: 12, "time": 1.0}])
+    drawn = memory(RunData(folder))
+    found = [(row["name"], row["peak"], row["expected"]) for row in drawn["rows"]]
+    assert found[0] == ("rank 0", "1 GiB", None) and found[3] == ("rank 10", "11 GiB", None) and len(found) == 4
+    assert "peak until step 11" in page(folder)
+    many = {f"memory/{what}_peak_allocated_gib": gib for what, gib in (("min", 1.0), ("mean", 2.0), ("max", 4.0))}
+    folder.append_lines(folder.metrics, [{STEP: 13, "time": 1.0, **many}])
+    rows = [(row["name"], row["grown"]) for row in memory(RunData(RunFolder(folder.root)))["rows"]]
+    assert rows == [("least", 25), ("mean", 50), ("greatest", 100)]
+
+
+def test_parts_of_the_time_look_different(folder):
+    folder.append_lines(folder.metrics, [step_line(11, **{"perf/wait_time_s": 0.1})])
+    text = page(folder)
+    looks = re.findall(
+        r'<span class="key (f\d)"( style="; background-image[^"]*")?></span>', text.split("Where the time")[1]
+    )
+    assert len(looks) == len(set(looks)) == 11
+
+
 def test_a_failed_run_says_why_and_a_half_written_line_is_left_out(folder):
     folder.write_state("failed", 5, {"error": "RuntimeError: out of <luck>"})
     with open(folder.metrics, "a") as file:
         file.write('{"train/global_step": 11, "train/lo')
-    assert "out of &lt;luck&gt;" in page(folder)
+    text = page(folder)
+    assert "out of &lt;luck&gt;" in text
+    assert "<span>fsdp on 3 ranks</span>" in text  # of the last start, where there is no summary
 
 
 def test_a_profile_is_a_table(folder):
@@ -177,12 +273,37 @@ def test_a_profile_is_a_table(folder):
     assert "of steps 3 to 4" in text and '<code>aten::mm</code></th><td class="number">77</td>' in text
 
 
-def test_a_long_run_is_a_small_page_and_keeps_its_spikes(folder):
+def write_long(folder: RunFolder) -> None:
+    """10 000 steps, an evaluation of four prompts after each 10, and 200 starts."""
     names = ("train/grad_norm", "train/learning_rate", "perf/tokens_per_second", "perf/padded_tokens_per_second",
              "perf/padding_fraction", "train/mean_token_accuracy", "perf/mfu")  # fmt: skip
     lines = [step_line(step, **{name: 1 + math.sin(step) for name in names}) for step in range(1, 10_001)]
     lines[7777]["train/loss"] = 2000.0
-    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluations = [
+        {STEP: step, "time": 1.0, "eval/loss": 2 + math.sin(step), "eval/mean_token_accuracy": 0.5}
+        for step in range(0, 10_001, 10)
+    ]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines + evaluations))
+    samples = [
+        {STEP: line[STEP], "prompt": f"p{i}", "completion": "word " * 999} for line in evaluations for i in range(4)
+    ]
+    folder.samples.write_text("".join(json.dumps(line) + "\n" for line in samples))
+    failed = {**AGAIN, "previous": {"status": "failed", "error": "word " * 999}}
+    folder.starts.write_text("".join(json.dumps(line) + "\n" for line in [START, *[failed] * 200]))
+
+
+def test_of_many_samples_and_starts_the_page_says_how_many_it_leaves_out(folder):
+    write_long(folder)
+    text = page(folder)
+    assert "999 between, of which 8 are shown" in text and "171 earlier ones are in starts.jsonl" in text
+    assert text.count('<circle class="dot') <= 3 * MAX_DOTS + 6  # loss wide and narrow, accuracy; and their legends
+    prompts = [{STEP: 0, "prompt": f"p{i}", "completion": "c"} for i in range(23)]
+    folder.samples.write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    assert "3 more are in samples.jsonl" in page(folder)
+
+
+def test_a_long_run_is_a_small_page_and_keeps_its_spikes(folder):
+    write_long(folder)
     text = page(folder)
     assert len(text.encode()) < 300_000
     polyline = re.findall(r'<polyline class="curve s0" points="([^"]*)"', text)[0].split()
@@ -216,6 +337,17 @@ def test_ticks_are_round_and_enclose(low, high, expected):
         assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "values", [(12342.0, 12349.0), (2.00012, 2.00019), (1.93e-4, 2e-4), (123456.0, 123456.9), (0.99991, 0.99999)]
+)
+def test_ticks_say_what_they_are(values):
+    chart = draw("t", "", [Series("a", list(enumerate(values)))])
+    factors = {"k": 1e3, "M": 1e6, "G": 1e9}
+    said = [float(text.rstrip("kMG")) * factors.get(text[-1], 1) for _, text in chart.y_ticks]
+    assert said == pytest.approx(ticks(*values, 4), rel=1e-12)
+    assert chart.left > 6.5 * max(len(text) for _, text in chart.y_ticks)  # they have room
+
+
 def test_a_chart_stays_inside_its_frame():
     for points, dots in (([(1, 5.0), (9, 5.0)], [(0, -2.0)]), ([(7, 1e-9)], []), ([(0, 0.0), (10_000, 1e12)], [])):
         chart = draw("t", "", [Series("a", points), Series("b", dots, as_dots=True)], restarts=[3, 99_999])
@@ -241,7 +373,9 @@ def another(folder: RunFolder, name: str, **changes) -> RunFolder:
     config = RunData(folder).config | changes
     other.config.write_text(json.dumps(config))
     other.write_state("completed", 10, SUMMARY)
-    lines = [{**line, "train/loss": line["train/loss"] + 1} for line in folder.read_metrics() if "train/loss" in line]
+    lines = [
+        line | {name: line[name] + 1 for name in ("train/loss",) if name in line} for line in folder.read_metrics()
+    ]
     other.append_lines(other.metrics, lines)
     return other
 
@@ -253,8 +387,25 @@ def test_runs_are_compared(folder, tmp_path):
     assert re.search(r"<code>learning_rate</code></th><td>0.0002</td><td>0.5</td><td>0.6</td><td>0.7</td>", text)
     assert "<code>lora_r</code>" not in text and "<code>output_dir</code>" not in text
     assert '<td class="number">3.0000</td>' in text and '<td class="number">1.7918</td>' in text
-    loss = text[text.index("Training loss") : text.index("</figure>")]
-    assert all(f"f{style}" in loss or f"s{style}" in loss for style in range(4))
+    for title in ("Training loss", "Held-out loss"):  # lines, which have dashes; only colour tells dots apart
+        chart = text[text.index(f"<figcaption>{title}") :].split("</figure>")[0]
+        assert all(f'<polyline class="curve s{style}"' in chart for style in range(4)) and "<circle" not in chart
     with pytest.raises(UserError, match="RUN: 9 are given: at most 8"):
         write_comparison([folder] * 9, tmp_path / "no.html")
     assert not (tmp_path / "no.html").exists()
+
+
+def test_compared_runs_have_names_and_settings_apart(folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    same = [another(folder, "a/run", lora_alpha=1), another(folder, "b/run", lora_alpha=1, new_setting=3)]
+    write_comparison(same, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text()
+    assert 'class="name">a/run</th>' in text and 'class="name">b/run</th>' in text
+    assert re.search(r"<code>new_setting</code></th><td>not set</td><td>3</td>", text) and "lora_alpha" not in text
+
+
+def test_eight_long_runs_are_a_small_page(folder, tmp_path):
+    write_long(folder)
+    write_comparison([folder] * 8, tmp_path / "comparison.html")
+    assert (tmp_path / "comparison.html").stat().st_size < 300_000

@@ -26,7 +26,8 @@ function ground(element, view) {
   return [255, 255, 255];
 }
 frame.onload = () => {
-  const view = frame.contentWindow, page = frame.contentDocument, found = {contrasts: [], charts: [], overlaps: []};
+  const view = frame.contentWindow, page = frame.contentDocument, found = {contrasts: [], charts: [], overlaps: [],
+    clipped: []};
   page.querySelectorAll("details").forEach(d => d.open = true);
   for (const element of page.querySelectorAll("body *")) {
     const text = [...element.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
@@ -43,9 +44,12 @@ frame.onload = () => {
     const letters = [...svg.querySelectorAll("text")].map(t => t.getBoundingClientRect());
     found.charts.push({width: box.width, height: box.height, points: points.length, letters: letters[0].height,
       outside: points.filter(([x, y]) => x < 0 || y < 0 || x > w || y > h).length});
+    letters.forEach(a => { if (a.left < box.left || a.right > box.right || a.top < box.top || a.bottom > box.bottom)
+      found.clipped.push(svg.getAttribute("aria-label").slice(0, 40)); });
     letters.forEach((a, i) => letters.slice(i + 1).forEach(b => { if (a.left < b.right && b.left < a.right &&
       a.top < b.bottom && b.top < a.bottom) found.overlaps.push(svg.getAttribute("aria-label").slice(0, 40)); }));
   }
+  found.tallest = Math.max(...[...page.querySelectorAll("tr")].map(row => row.getBoundingClientRect().height));
   Object.assign(found, {wide: page.documentElement.scrollWidth, screen: view.innerWidth,
     ground: view.getComputedStyle(page.body).backgroundColor,
     fetched: view.performance.getEntriesByType("resource").length,
@@ -62,6 +66,7 @@ def look_at(text: str, tmp_path, *, width: int, dark: bool) -> dict:
     wrapper.write_text(WRAPPER % (width, html.escape(text)), encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--timeout=20000"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # what it would fetch is counted, and not fetched
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", wrapper.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -74,6 +79,9 @@ def full(folder):  # noqa: F811
     names = ("train/grad_norm", "train/learning_rate", "perf/tokens_per_second", "perf/padded_tokens_per_second",
              "perf/padding_fraction", "train/mean_token_accuracy", "perf/mfu")  # fmt: skip
     lines = [step_line(step, **{n: 2e-4 * step * (i + 1) for i, n in enumerate(names)}) for step in range(11, 201)]
+    for line in lines:  # ticks with many digits
+        line["perf/mfu"] = 0.12345 + line["train/global_step"] * 1e-7
+        line["perf/padding_fraction"] = 123_456 + line["train/global_step"] / 1000
     folder.append_lines(folder.metrics, lines)
     folder.append_lines(folder.starts, [{**AGAIN, "step": 120, "previous": {"status": "failed", "error": "a" * 300}}])
     folder.append_lines(folder.samples, [
@@ -91,9 +99,10 @@ def check(found: dict, *, width: int, dark: bool, charts: int) -> None:
     assert (found["ground"] == "rgb(15, 20, 26)") == dark
     least, text = min(found["contrasts"])
     assert len(found["contrasts"]) > 20 and least >= 4.5, (least, text)
-    assert len(found["charts"]) == charts and not found["overlaps"]
+    assert len(found["charts"]) == charts and not found["overlaps"] and not found["clipped"]
     assert all(c["width"] > 250 and c["height"] > 100 and not c["outside"] for c in found["charts"])
     assert all(c["letters"] >= 9 for c in found["charts"])  # pixels
+    assert found["tallest"] < 500  # pixels: no column is squeezed to a letter a line
     assert found["fetched"] == 0
     assert found["headings"][0] == "H1" and found["headings"].count("H1") == 1
 

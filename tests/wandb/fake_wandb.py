@@ -25,6 +25,7 @@ class Run:
 
     id: str = ""
     upserted: dict = field(default_factory=dict)
+    upserts: int = 0
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
     complete: bool = False
     exit_code: int | None = None
@@ -35,6 +36,10 @@ class Run:
     @property
     def history(self) -> list[dict]:
         return [json.loads(line) for line in self.file("wandb-history.jsonl")]
+
+    @property
+    def events(self) -> list[dict]:
+        return [json.loads(line) for line in self.file("wandb-events.jsonl")]
 
     @property
     def summary(self) -> dict:
@@ -48,6 +53,10 @@ class Run:
     @property
     def display_name(self) -> str:
         return self.upserted.get("displayName", "")
+
+    @property
+    def tags(self) -> list[str]:
+        return self.upserted.get("tags", [])
 
 
 @dataclass
@@ -67,9 +76,10 @@ class FakeWandb:
         self.requests: list[tuple[str, str]] = []
         self.files: dict[str, bytes] = {}
         self.views: list[dict] = []
+        self.created_artifacts: dict[str, tuple[str, str]] = {}  # id to (type, name)
         self.artifacts: list[tuple[str, str]] = []  # (type, name), once committed
         self.alerts: list[tuple[str, str]] = []  # (title, text)
-        self._made: dict[str, tuple[str, str]] = {}
+        self.unknown: list[str] = []  # operations that it has no answer to
         self._faults: dict[str, Fault] = {}
         self._stopped, self._folder, self.lock = False, folder, threading.RLock()
 
@@ -98,24 +108,27 @@ class FakeWandb:
         self._stopped = True
 
     def fault(self, kind: str, code: int | None = None, hang_s: float = 0.0, times: int | None = None) -> None:
-        """`kind`: graphql, file_stream or put."""
+        """`kind`: graphql, file_stream, put, all of them, or the name of one GraphQL operation."""
         self._faults[kind] = Fault(code, hang_s, times)
 
-    def meet_fault(self, kind: str) -> int | None:
-        """The error code that a request of this kind gets."""
+    def meet_fault(self, kind: str, operation: str = "") -> int | None:
+        """The error code that such a request gets."""
         with self.lock:
-            fault = self._faults.get(kind)
-            if not fault or fault.times == 0:
+            faults = (self._faults.get(name) for name in (operation, kind, "all"))
+            fault = next((fault for fault in faults if fault and fault.times != 0), None)
+            if not fault:
                 return None
             fault.times = fault.times and fault.times - 1
         time.sleep(fault.hang_s)
         return fault.code
 
-    def stream(self, key: str, sent: dict) -> dict:
+    def stream(self, key: str, sent: dict, *, shared: bool) -> dict:
+        """`shared`: by one of several writers, each of which counts from 0: what it sends is appended."""
         run = self.runs.setdefault(key, Run())
         for name, chunk in (sent.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
-            lines.update({chunk["offset"] + i: line for i, line in enumerate(chunk["content"])})
+            first = len(lines) if shared and name != "wandb-summary.json" else chunk["offset"]
+            lines.update({first + i: line for i, line in enumerate(chunk["content"])})
         run.complete = sent.get("complete") or run.complete
         run.exit_code = sent.get("exitcode", run.exit_code)
         return {"exitcode": None, "limits": {}, "stopped": self._stopped}
@@ -123,7 +136,10 @@ class FakeWandb:
     def answer(self, operation: str, query: str, values: dict) -> dict | None:
         """GraphQL's `data`; None for what is not known here."""
         own: Callable[[dict], dict] | None = getattr(self, f"_{operation}", None)
-        return own(values) if own else PLAIN_ANSWERS.get(operation)
+        data = own(values) if own else PLAIN_ANSWERS.get(operation)
+        if data is None:
+            self.unknown.append(operation)
+        return data
 
     def _find(self, values: dict) -> tuple[str, Run]:
         if values.get("id") and not values.get("name"):
@@ -143,7 +159,7 @@ class FakeWandb:
                 "id": run.id, "name": name, "displayName": run.display_name, "summaryMetrics": json.dumps(run.summary),
                 "logLineCount": len(run.file("output.log")), "historyLineCount": len(history),
                 "eventsLineCount": len(events), "historyTail": json.dumps(history[-1:]),
-                "eventsTail": json.dumps(events[-1:]), "config": config.get("config", "{}"), "tags": [],
+                "eventsTail": json.dumps(events[-1:]), "config": config.get("config", "{}"), "tags": run.tags,
                 "notes": None, "wandbConfig": json.dumps({"t": telemetry}),
             }  # fmt: skip
         else:
@@ -155,28 +171,39 @@ class FakeWandb:
         entity, project, name = key.split("/")
         inserted, run.id = not run.id, run.id or base64.b64encode(f"Run:v1:{name}:{project}:{entity}".encode()).decode()
         run.upserted |= {name: value for name, value in values.items() if value is not None}
-        bucket = {
-            "id": run.id, "name": name, "displayName": run.display_name or name, "description": None,
-            "config": run.upserted.get("config", "{}"), "sweepName": None,
-            "project": {"id": "p", "name": project, "entity": {"id": "e", "name": entity}},
-            "historyLineCount": len(run.history),
-        }  # fmt: skip
-        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+        run.upserts += 1
+        return {"upsertBucket": {"bucket": _bucket(key, run), "inserted": inserted}}
+
+    def _RewindRun(self, values: dict) -> dict:
+        """Drops the rows of later steps, which is a guess at what the real service does."""
+        key, run = next((key, run) for key, run in self.runs.items() if key.endswith(f"/{values['runName']}"))
+        lines = run.file("wandb-history.jsonl")
+        kept = [line for line in lines if json.loads(line)["_step"] <= values["metricValue"]]
+        run.lines["wandb-history.jsonl"] = dict(enumerate(kept))
+        return {"rewindRun": {"rewoundRun": _bucket(key, run)}}
 
     def _CreateRunFiles(self, values: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.url}/put/{values['run']}/{name}"} for name in values["files"]]
         return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
 
     def _CreateArtifact(self, values: dict) -> dict:
-        made = f"artifact{len(self._made)}"
+        made = f"artifact{len(self.created_artifacts)}"
         asked = values["input"]
-        self._made[made] = asked["artifactTypeName"], asked["artifactCollectionName"]
+        self.created_artifacts[made] = asked["artifactTypeName"], asked["artifactCollectionName"]
         sequence = {"id": "s", "latestArtifact": None}
         return {"createArtifact": {"artifact": {"id": made, "state": "PENDING", "artifactSequence": sequence}}}
 
     def _CreateArtifactManifest(self, values: dict) -> dict:
-        file = {"uploadUrl": f"{self.url}/put/manifest", "uploadHeaders": []}
-        return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+        return {"createArtifactManifest": {"artifactManifest": self._manifest()}}
+
+    def _UpdateArtifactManifest(self, values: dict) -> dict:
+        return {"updateArtifactManifest": {"artifactManifest": self._manifest()}}
+
+    def _manifest(self) -> dict:
+        return {"id": "m", "file": {"uploadUrl": f"{self.url}/put/manifest", "uploadHeaders": []}}
+
+    def _UseArtifact(self, values: dict) -> dict:
+        return {"useArtifact": {"artifact": {"id": values["artifactID"]}}}
 
     def _CreateArtifactFiles(self, values: dict) -> dict:
         nodes = [
@@ -190,7 +217,7 @@ class FakeWandb:
         return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
 
     def _CommitArtifact(self, values: dict) -> dict:
-        self.artifacts.append(self._made[values["artifactID"]])
+        self.artifacts.append(self.created_artifacts[values["artifactID"]])
         return {"commitArtifact": {"artifact": {"id": values["artifactID"], "digest": "d"}}}
 
     def _NotifyScriptableRunAlert(self, values: dict) -> dict:
@@ -207,17 +234,38 @@ class FakeWandb:
         return {"upsertView": {"view": {"id": view["id"], "name": view.get("name")}, "inserted": not known}}
 
     def _View(self, values: dict) -> dict:
-        nodes = [view for view in self.views if view["name"] == values["viewName"]]
+        asked = values["entityName"], values["projectName"], values["viewName"]
+        nodes = [view for view in self.views if (view["entityName"], view["projectName"], view["name"]) == asked]
         nodes = [{"id": view["id"], "displayName": view["displayName"], "spec": view["spec"]} for view in nodes]
         return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
 
 
+def _bucket(key: str, run: Run) -> dict:
+    entity, project, name = key.split("/")
+    return {
+        "id": run.id, "name": name, "displayName": run.display_name or name, "description": None,
+        "config": run.upserted.get("config", "{}"), "sweepName": None,
+        "project": {"id": "p", "name": project, "entity": {"id": "e", "name": entity}},
+        "historyLineCount": len(run.history),
+    }  # fmt: skip
+
+
 VIEWER = {
     "id": "v", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "someone@example.org", "flags": "{}",
-    "admin": False, "teams": {"edges": []}, "apiKeys": {"edges": []},
+    "deletedAt": None, "admin": False, "teams": {"edges": []}, "apiKeys": {"edges": []},
 }  # fmt: skip
 PLAIN_ANSWERS = {
+    "/graphql": {"__typename": "Query"},  # of a query without a name: whether anybody answers
     "Viewer": {"viewer": VIEWER},
+    "GetViewer": {"viewer": VIEWER},
+    "SharedViewer": {"viewer": VIEWER},
+    "ServerInfo": {
+        "serverInfo": {
+            "cliVersionInfo": {"max_cli_version": "0.99.0", "min_cli_version": "0.0.1"},
+            "latestLocalVersionInfo": None,
+        }
+    },
+    "OrgFeatureFlags": {"organization": None},
     "ServerFeaturesQuery": {"serverInfo": {"features": []}},
     "OrganizationCoreWeaveOrganizationID": {"entity": {"organization": None}},
     "ArtifactType": {"project": None},
@@ -253,11 +301,12 @@ class _Handler(BaseHTTPRequestHandler):
         named = re.search(r"(?:query|mutation)\s+(\w+)", sent.get("query", ""))
         operation = sent.get("operationName") or (named[1] if named else path)
         self.fake.requests.append((kind, operation))
-        if code := self.fake.meet_fault(kind):
+        if code := self.fake.meet_fault(kind, operation):
             return self._send(code, b'{"errors": [{"message": "as asked"}]}')
         with self.fake.lock:
             if stream:
-                answer = self.fake.stream("/".join(map(unquote, stream.groups())), sent)
+                shared = self.headers.get("x-wandb-use-async-filestream") == "true"
+                answer = self.fake.stream("/".join(map(unquote, stream.groups())), sent, shared=shared)
             elif kind == "graphql":
                 data = self.fake.answer(operation, sent["query"], sent.get("variables") or {})
                 errors = {} if data is not None else {"errors": [{"message": f"{operation}: not known here"}]}
