@@ -133,6 +133,7 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     assert job.log.count("node2  2      cpu") == 2 and "nothing odd" in job.log  # the preflight's table
 
 
+@pytest.mark.slow
 def test_what_fails_stays_failed_and_what_is_cancelled_saves(cluster, tmp_path):
     bad = submit(cluster, tmp_path / "bad", "--max_steps 4 --lora_target_modules no_such")
     job = submit(cluster, tmp_path / "run", "--max_steps 4000")  # waits for the machines of the first

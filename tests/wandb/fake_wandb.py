@@ -25,7 +25,6 @@ class Run:
 
     id: str = ""
     upserted: dict = field(default_factory=dict)
-    upserts: int = 0
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
     complete: bool = False
     exit_code: int | None = None
@@ -36,10 +35,6 @@ class Run:
     @property
     def history(self) -> list[dict]:
         return [json.loads(line) for line in self.file("wandb-history.jsonl")]
-
-    @property
-    def events(self) -> list[dict]:
-        return [json.loads(line) for line in self.file("wandb-events.jsonl")]
 
     @property
     def summary(self) -> dict:
@@ -53,10 +48,6 @@ class Run:
     @property
     def display_name(self) -> str:
         return self.upserted.get("displayName", "")
-
-    @property
-    def tags(self) -> list[str]:
-        return self.upserted.get("tags", [])
 
 
 @dataclass
@@ -122,13 +113,11 @@ class FakeWandb:
         time.sleep(fault.hang_s)
         return fault.code
 
-    def stream(self, key: str, sent: dict, *, shared: bool) -> dict:
-        """`shared`: by one of several writers, each of which counts from 0: what it sends is appended."""
+    def stream(self, key: str, sent: dict) -> dict:
         run = self.runs.setdefault(key, Run())
         for name, chunk in (sent.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
-            first = len(lines) if shared and name != "wandb-summary.json" else chunk["offset"]
-            lines.update({first + i: line for i, line in enumerate(chunk["content"])})
+            lines.update({chunk["offset"] + i: line for i, line in enumerate(chunk["content"])})
         run.complete = sent.get("complete") or run.complete
         run.exit_code = sent.get("exitcode", run.exit_code)
         return {"exitcode": None, "limits": {}, "stopped": self._stopped}
@@ -159,7 +148,7 @@ class FakeWandb:
                 "id": run.id, "name": name, "displayName": run.display_name, "summaryMetrics": json.dumps(run.summary),
                 "logLineCount": len(run.file("output.log")), "historyLineCount": len(history),
                 "eventsLineCount": len(events), "historyTail": json.dumps(history[-1:]),
-                "eventsTail": json.dumps(events[-1:]), "config": config.get("config", "{}"), "tags": run.tags,
+                "eventsTail": json.dumps(events[-1:]), "config": config.get("config", "{}"), "tags": [],
                 "notes": None, "wandbConfig": json.dumps({"t": telemetry}),
             }  # fmt: skip
         else:
@@ -171,16 +160,7 @@ class FakeWandb:
         entity, project, name = key.split("/")
         inserted, run.id = not run.id, run.id or base64.b64encode(f"Run:v1:{name}:{project}:{entity}".encode()).decode()
         run.upserted |= {name: value for name, value in values.items() if value is not None}
-        run.upserts += 1
         return {"upsertBucket": {"bucket": _bucket(key, run), "inserted": inserted}}
-
-    def _RewindRun(self, values: dict) -> dict:
-        """Drops the rows of later steps, which is a guess at what the real service does."""
-        key, run = next((key, run) for key, run in self.runs.items() if key.endswith(f"/{values['runName']}"))
-        lines = run.file("wandb-history.jsonl")
-        kept = [line for line in lines if json.loads(line)["_step"] <= values["metricValue"]]
-        run.lines["wandb-history.jsonl"] = dict(enumerate(kept))
-        return {"rewindRun": {"rewoundRun": _bucket(key, run)}}
 
     def _CreateRunFiles(self, values: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.url}/put/{values['run']}/{name}"} for name in values["files"]]
@@ -196,14 +176,8 @@ class FakeWandb:
     def _CreateArtifactManifest(self, values: dict) -> dict:
         return {"createArtifactManifest": {"artifactManifest": self._manifest()}}
 
-    def _UpdateArtifactManifest(self, values: dict) -> dict:
-        return {"updateArtifactManifest": {"artifactManifest": self._manifest()}}
-
     def _manifest(self) -> dict:
         return {"id": "m", "file": {"uploadUrl": f"{self.url}/put/manifest", "uploadHeaders": []}}
-
-    def _UseArtifact(self, values: dict) -> dict:
-        return {"useArtifact": {"artifact": {"id": values["artifactID"]}}}
 
     def _CreateArtifactFiles(self, values: dict) -> dict:
         nodes = [
@@ -305,8 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(code, b'{"errors": [{"message": "as asked"}]}')
         with self.fake.lock:
             if stream:
-                shared = self.headers.get("x-wandb-use-async-filestream") == "true"
-                answer = self.fake.stream("/".join(map(unquote, stream.groups())), sent, shared=shared)
+                answer = self.fake.stream("/".join(map(unquote, stream.groups())), sent)
             elif kind == "graphql":
                 data = self.fake.answer(operation, sent["query"], sent.get("variables") or {})
                 errors = {} if data is not None else {"errors": [{"message": f"{operation}: not known here"}]}

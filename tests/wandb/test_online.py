@@ -116,7 +116,9 @@ def _waited_s(folder: RunFolder) -> float:
 @pytest.mark.parametrize(
     "mode", [{}, pytest.param({"WANDB_MODE": "online"}, marks=pytest.mark.slow)], ids=["default", "insisted on"]
 )
-@pytest.mark.parametrize("fault", [{"code": 500}, {"hang_s": 30}], ids=["fails", "hangs"])
+@pytest.mark.parametrize(
+    "fault", [{"code": 500}, pytest.param({"hang_s": 30}, marks=pytest.mark.slow)], ids=["fails", "hangs"]
+)
 def test_a_server_that_fails_at_the_start_is_not_waited_for(folder, fake_wandb, fault, mode):
     fake_wandb.fault("graphql", **fault)
     ended = fork_ranks(*NO_EVAL, "--output_dir", str(folder.root), num_ranks=2, env=fake_wandb.env | mode)
