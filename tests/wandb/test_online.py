@@ -200,13 +200,13 @@ def test_a_stalled_step_is_an_alert_and_a_failed_run(folder, fake_wandb):
 
         step.read_micro_batch = read_micro_batch
 
-    flags = (*NO_EVAL, "--step_timeout_s", "2", "--output_dir", str(folder.root))
+    flags = (*NO_EVAL, "--step_timeout_s", "5", "--output_dir", str(folder.root))
     started = time.monotonic()
     ended = fork_ranks(*flags, num_ranks=2, strategy="fsdp", env=fake_wandb.env, patch=stalls)
-    assert time.monotonic() - started < 30 and [code for code, _, _ in ended] == [1, 1]
+    assert time.monotonic() - started < 60 and [code for code, _, _ in ended] == [1, 1]
     ((title, text),) = fake_wandb.alerts
     # The other one where rank 1 leaves before rank 0's watchdog has read of it, on a busy machine.
-    assert title == "run: failed" and text.startswith(("step 4 stalled: nothing moved for 2 s", "RuntimeError: "))
+    assert title == "run: failed" and text.startswith(("step 4 stalled: nothing moved for 5 s", "RuntimeError: "))
     run = the_run(fake_wandb)
     assert run.exit_code == 1 and steps_of(run) == [1, 2, 3]
 
