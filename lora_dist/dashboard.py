@@ -9,13 +9,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import wandb
 
 from lora_dist.config import UserError
+from lora_dist.metric_names import PARTS
 from lora_dist.run_folder import STEP
 from lora_dist.wandb_run import why_no_answer
 
 NAME = "lora-dist"
 OF_RANKS = r"memory/rank\d+/peak_allocated_gib", r"memory/rank\d+/peak_reserved_gib", r"perf/rank\d+/reduce_time_s"
 ANSWER_S = 10  # wandb itself waits 20 s for a server that is not there, and calls its own service busy then
-PARTS = ("data", "gather", "wait", "forward", "backward", "reduce", "update")
 
 
 def build(entity: str, project: str):
@@ -119,22 +119,6 @@ def _without_ids(value):
     if isinstance(value, dict):
         return {key: _without_ids(item) for key, item in value.items() if key not in ("__id__", "id")}
     return [_without_ids(item) for item in value] if isinstance(value, list) else value
-
-
-def metric_names(spec: dict) -> set[str]:
-    """The metrics and media that a spec names, those of the axes included; of ranks see `metric_expressions`."""
-    lists = [config.get(key, []) for config in _configs(spec) for key in ("metrics", "mediaKeys")]
-    axes = {config["xAxis"] for config in _configs(spec) if "xAxis" in config}
-    return axes.union(*lists)
-
-
-def metric_expressions(spec: dict) -> set[str]:
-    """The regular expressions that a spec finds metrics by."""
-    return {config["metricRegex"] for config in _configs(spec) if "metricRegex" in config}
-
-
-def _configs(spec: dict) -> list[dict]:
-    return [panel["config"] for part in spec["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
 
 
 def apply(entity: str | None, project: str, url: str | None = None) -> str:

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 PROJECT = "lora-dist"  # of the trackers, where none is named
 LOGGED, EVALUATED, SAVED = "every `--logging_steps`", "at step 0, every `--eval_steps`, at the end", "a save has ended"
 MOST_RANKS = 16  # above it per-rank numbers become their least, mean and greatest, and the name of the worst rank
+# Of a step, each with its metric perf/PART_time_s, and what a reader calls it.
+PARTS = {
+    "data": "waiting for data", "gather": "gathering layers", "wait": "waiting for other stages", "forward": "forward",
+    "backward": "backward", "reduce": "reducing gradients", "update": "updating",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

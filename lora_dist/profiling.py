@@ -34,9 +34,8 @@ class StepProfiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        if self._profile is None or step < self.last:
-            return
-        self.stop(step)
+        if step >= self.last:
+            self.stop(step)
 
     def stop(self, step: int) -> None:
         """Write what was profiled, if anything was. A full disk costs the profile, not the run."""

@@ -16,18 +16,9 @@ import yaml
 from lora_dist.charts import Chart, Series, draw
 from lora_dist.config import TrainConfig, UserError
 from lora_dist.manifest import write_whole
-from lora_dist.metric_names import MOST_RANKS
+from lora_dist.metric_names import MOST_RANKS, PARTS
 from lora_dist.run_folder import STEP, RunFolder
 
-PARTS = (  # of a step: metric, what it is called here
-    ("data", "waiting for data"),
-    ("gather", "gathering layers"),
-    ("wait", "waiting for other stages"),
-    ("forward", "forward"),
-    ("backward", "backward"),
-    ("reduce", "reducing gradients"),
-    ("update", "updating"),
-)
 CURVES = (  # title, unit, (metric, name) each
     ("Learning rate", "", (("train/learning_rate", "learning rate"),)),
     ("Gradient norm before clipping", "", (("train/grad_norm", "gradient norm"),)),
@@ -305,7 +296,7 @@ def time_spent(run: RunData) -> dict:
     if not logged:
         return {}
     times = run.step / logged
-    parts = [(called, run.total(f"perf/{part}_time_s") * times) for part, called in PARTS]
+    parts = [(called, run.total(f"perf/{part}_time_s") * times) for part, called in PARTS.items()]
     in_parts = sum(seconds for _, seconds in parts)
     rows = [(called, seconds) for called, seconds in parts if seconds]
     rows.append(("the rest of the steps", max(run.total("perf/step_time_s") * times - in_parts, 0.0)))

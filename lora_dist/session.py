@@ -315,9 +315,15 @@ def mib(num_bytes: int) -> str:
 
 def metrics_log(run: Training, strategy: Strategy) -> MetricsLog:
     """metrics.jsonl of the run folder, and its mirrors, which are told how the run was made. Collective."""
-    hosts = gather_object([socket.gethostname()])
+    hosts, rank = gather_object([socket.gethostname()]), run.accelerator.process_index
+    start = {} if rank else _describe_start(run, strategy, hosts)
+    return MetricsLog(run.folder, run.config.report_to, rank=rank, start=start, hosts=hosts)
+
+
+def _describe_start(run: Training, strategy: Strategy, hosts: list[str]) -> dict:
+    """A line of starts.jsonl. Runs git, so for rank 0 alone."""
     trainable, total = parameter_counts(run.model)
-    start = {
+    return {
         "time": round(time.time(), 3),
         "step": run.folder.step,
         "strategy": strategy.name,
@@ -334,7 +340,6 @@ def metrics_log(run: Training, strategy: Strategy) -> MetricsLog:
         "git_commit": git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    return MetricsLog(run.folder, run.config.report_to, rank=run.accelerator.process_index, start=start, hosts=hosts)
 
 
 def finish(run: Training, strategy: Strategy, measured: dict, metrics: MetricsLog) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from lora_dist.config import UserError
+from lora_dist.report import count
 from lora_dist.run_folder import RunFolder
 from lora_dist.slurm import job_fields
 
@@ -47,7 +48,7 @@ class RunStatus:
     def text(self) -> str:
         """A few lines for people."""
         of = f" of {self.num_steps}" if self.num_steps else ""
-        lines = [f"run: {self.run}: {self.status}, step {self.step}{of}, {_count(self.restarts, 'restart')}"]
+        lines = [f"run: {self.run}: {self.status}, step {self.step}{of}, {count(self.restarts, 'restart')}"]
         if self.status != "completed":
             lines.append(f"saved: step {self.saved_step}")
         lines += [self._job_line()] if self.job_id else []
@@ -73,12 +74,8 @@ class RunStatus:
         line = f"job: {self.job_id} {job['JobState']}"
         if job["JobState"] == "PENDING":
             return f"{line} ({job['Reason']}), expected to start {job['StartTime']}"
-        requeues = _count(int(job["Restarts"]), "requeue")
+        requeues = count(int(job["Restarts"]), "requeue")
         return f"{line} on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}, {requeues}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _span(seconds: float) -> str:

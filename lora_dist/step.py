@@ -95,7 +95,7 @@ class StepResult:
     num_tokens: int  # without padding
     num_positions: int  # with padding
     num_pairs: float  # of positions in a row, summed over the rows
-    parts_s: dict[str, float]  # on this rank, of timing.PARTS
+    parts_s: dict[str, float]  # on this rank, of metric_names.PARTS
     stop_asked: bool  # on any rank
     bad: bool  # the loss or the gradient is not finite
     skipped: bool  # nothing was updated: bad, or fp16 overflowed, which its loss scale mends

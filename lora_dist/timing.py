@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-PARTS = ("data", "gather", "wait", "forward", "backward", "reduce", "update")
-
 
 class Stopwatch:
     """Seconds of each part of a step. A profile shows the parts under the same names.

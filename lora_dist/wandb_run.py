@@ -20,10 +20,9 @@ import yaml
 
 from lora_dist import preemption
 from lora_dist.config import UserError
-from lora_dist.metric_names import PROJECT
+from lora_dist.metric_names import METRICS, PROJECT
 from lora_dist.run_folder import STEP, RunFolder
 
-GROUPS = ("train", "eval", "perf", "memory", "checkpoint")
 COLUMNS = ("step", "prompt", "reference", "completion")
 PROBE_S, INIT_S, SEND_EVERY_S, FINISH_S, FAIL_S = 3, 6, 5, 60, 10
 
@@ -114,7 +113,7 @@ def _init(folder: RunFolder, offline: bool, **more) -> wandb.Run:
         **(as_usual | more),
     )  # fmt: skip
     run.define_metric(STEP)
-    for group in GROUPS:
+    for group in sorted({metric.name.partition("/")[0] for metric in METRICS}):
         run.define_metric(f"{group}/*", step_metric=STEP)
     return run
 
@@ -131,10 +130,12 @@ def replay(run: wandb.Run, folder: RunFolder, after: int) -> int:
     rows: dict[int, dict] = {}
     for line in folder.read_metrics():
         rows.setdefault(line[STEP], {}).update({name: value for name, value in line.items() if name != "time"})
-    for step in sorted(rows):
-        samples = [line for line in folder.read_lines(folder.samples) if line[STEP] == step]
-        if step > after:
-            run.log(rows[step] | ({"eval/samples": _table(samples, step)} if samples else {}), step=step)
+    samples: dict[int, list[dict]] = {}
+    for line in folder.read_lines(folder.samples):
+        samples.setdefault(line[STEP], []).append(line)
+    for step in sorted(step for step in rows if step > after):
+        table = {"eval/samples": _table(samples[step], step)} if step in samples else {}
+        run.log(rows[step] | table, step=step)
     return max(rows, default=-1)
 
 

@@ -144,6 +144,14 @@ def forked_ranks(
                 process.join()
 
 
+def wait_for_step(folder, step: int) -> None:
+    """Until a run has logged a step in its RunFolder."""
+    deadline = time.monotonic() + 60
+    while max((line["train/global_step"] for line in folder.read_metrics()), default=0) < step:
+        assert time.monotonic() < deadline, "it does not train"
+        time.sleep(0.02)
+
+
 @dataclass
 class ForkedRanks:
     processes: list

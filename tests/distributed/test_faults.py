@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import BIN, ROOT, fork_ranks, forked_ranks
+from ranks import BIN, ROOT, fork_ranks, forked_ranks, wait_for_step
 
 from lora_dist.config import TrainConfig, parse_config
 from lora_dist.data import MicroBatches
@@ -31,13 +31,6 @@ def folder(tmp_path) -> RunFolder:
 def steps_logged(folder: RunFolder) -> int:
     lines = folder.metrics.read_text().splitlines() if folder.metrics.exists() else []
     return max([json.loads(line)["train/global_step"] for line in lines if line.endswith("}")], default=0)
-
-
-def wait_for_step(folder: RunFolder, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while steps_logged(folder) < step:
-        assert time.monotonic() < deadline, "it does not train"
-        time.sleep(0.02)
 
 
 def wait_for(ranks, gone: int, timeout_s: float) -> tuple[float, list]:

@@ -6,9 +6,8 @@ import json
 import pytest
 from ranks import fork_ranks
 
-from lora_dist.metric_names import METRICS
+from lora_dist.metric_names import METRICS, PARTS
 from lora_dist.run_folder import STEP, RunFolder
-from lora_dist.timing import PARTS
 
 FLAGS = ("--max_steps", "6", "--warmup_steps", "1", "--max_length", "64", "--per_device_train_batch_size", "2")
 FLAGS += ("--gradient_accumulation_steps", "2", "--eval_fraction", "0", "--save_steps", "3", "--report_to", "none")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lora_dist.config import UserError
-from lora_dist.dashboard import apply, build, metric_expressions, metric_names, spec
+from lora_dist.dashboard import apply, build, spec
 from lora_dist.metric_names import METRICS
 from lora_dist.run_folder import STEP
 
@@ -19,6 +19,22 @@ OF_RANKS = {name.replace("{i}", str(rank)): name for name in NAMES for rank in (
 IN_WORDS = {"perf/slowest_rank", "memory/worst_rank"}  # names of ranks, which no chart shows
 SECTIONS = ["Loss", "Optimisation", "Throughput", "Where the time goes", "Memory per rank", "Data", "Checkpoints",
             "Samples", "Runs"]  # fmt: skip
+
+
+def metric_names(spec: dict) -> set[str]:
+    """The metrics and media that a spec names, those of the axes included; of ranks see `metric_expressions`."""
+    lists = [config.get(key, []) for config in _configs(spec) for key in ("metrics", "mediaKeys")]
+    axes = {config["xAxis"] for config in _configs(spec) if "xAxis" in config}
+    return axes.union(*lists)
+
+
+def metric_expressions(spec: dict) -> set[str]:
+    """The regular expressions that a spec finds metrics by."""
+    return {config["metricRegex"] for config in _configs(spec) if "metricRegex" in config}
+
+
+def _configs(spec: dict) -> list[dict]:
+    return [panel["config"] for part in spec["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from ranks import fork_ranks, forked_ranks
+from ranks import fork_ranks, forked_ranks, wait_for_step
 
 from lora_dist.run_folder import STEP, RunFolder
 
@@ -32,13 +31,6 @@ def history(folder: RunFolder) -> list[dict]:
         record["history"]["item"] for path in folder.wandb_offline() for record in inspect(path) if "history" in record
     ]
     return [row for row in rows if STEP in row]
-
-
-def wait_for_step(folder: RunFolder, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while max((line[STEP] for line in folder.read_metrics()), default=0) < step:
-        assert time.monotonic() < deadline, "it does not train"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

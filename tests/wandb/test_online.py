@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from ranks import fork_ranks, forked_ranks
-from test_offline import FLAGS, OFFLINE, history, wait_for_step
+from ranks import fork_ranks, forked_ranks, wait_for_step
+from test_offline import FLAGS, OFFLINE, history
 
 from lora_dist.run_folder import STEP, RunFolder
 
