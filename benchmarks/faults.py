@@ -25,8 +25,8 @@ from pathlib import Path
 from common import header, table
 from ranks import fork_ranks, forked_ranks
 
-from lora_dist.manifest import is_complete
-from lora_dist.run_folder import RunFolder
+from lora_dist.files import is_complete
+from lora_dist.run.folder import RunFolder
 
 STEPS, SAVE_STEPS, MICRO_BATCHES = 24, 2, 4
 FLAGS = ("--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--eval_steps", "4", "--warmup_steps", "2")
@@ -53,9 +53,9 @@ def mark_phases(phase):
     def patch(rank: int) -> None:
         if rank:
             return
-        import lora_dist.checkpoint as checkpoint
-        import lora_dist.session as session
-        import lora_dist.train as train
+        import lora_dist.training.checkpoint as checkpoint
+        import lora_dist.training.loop as train
+        import lora_dist.training.session as session
 
         def during(module, name, number):
             original = getattr(module, name)

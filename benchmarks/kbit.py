@@ -15,17 +15,17 @@ from common import header, mb, table
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig
 
-from lora_dist.adapters import add_adapters, trainable_parameters
-from lora_dist.base_model import load_base
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import prepare_rows
+from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
-from lora_dist.formats import load_tokenizer
-from lora_dist.freezing import keep_norms_in_fp32
-from lora_dist.rows import prepare_rows
-from lora_dist.sources import random_key
-from lora_dist.strategies import Placement
-from lora_dist.tasks import CAUSAL_LM
+from lora_dist.model.adapters import add_adapters, trainable_parameters
+from lora_dist.model.load import load_base
+from lora_dist.model.quantize_model import keep_norms_in_fp32
+from lora_dist.parallel.strategies import Placement
+from lora_dist.seeds import random_key
 
 CPU, BF16, STEPS, PER_STEP = torch.device("cpu"), torch.bfloat16, 60, 4
 CONFIG = TrainConfig(

@@ -21,8 +21,8 @@ from common import PeakMemory, bytes_read, header, make_base, mb, run_ranks, tab
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, logging
 
 from lora_dist.embedded import BASE_DIR
-from lora_dist.quantized_cache import load_cached_base
-from lora_dist.strategies import Placement
+from lora_dist.model.quantized_cache import load_cached_base
+from lora_dist.parallel.strategies import Placement
 
 REPEATS = 3
 NUM_LAYERS = 14

@@ -38,8 +38,7 @@ def clocked(folder: Path):
     def patch(rank: int) -> None:
         import torch.distributed as dist
 
-        import lora_dist.session
-        from lora_dist import train
+        import lora_dist.training.session
 
         seconds: dict[str, float] = dict.fromkeys([*PARTS, "step"], 0.0)
         steps = []
@@ -64,8 +63,8 @@ def clocked(folder: Path):
             for part in path[:-1]:
                 owner = getattr(owner, part)
             clock(owner, path[-1], key)
-        clock(train, "train_step", "step")
-        update = lora_dist.train.ProgressLine.update
+        clock(lora_dist.training.loop, "train_step", "step")
+        update = lora_dist.training.loop.ProgressLine.update
 
         def step_done(*args, **kwargs):
             update(*args, **kwargs)
@@ -74,7 +73,7 @@ def clocked(folder: Path):
             if rank == 0:
                 (folder / "steps.json").write_text(json.dumps(steps))
 
-        lora_dist.train.ProgressLine.update = step_done
+        lora_dist.training.loop.ProgressLine.update = step_done
 
     return patch
 

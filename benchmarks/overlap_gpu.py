@@ -12,12 +12,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from common import header
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import load_base
 from lora_dist.config import TrainConfig
-from lora_dist.data import collate
-from lora_dist.strategies import Placement
-from lora_dist.tasks import CAUSAL_LM
+from lora_dist.data.micro_batches import collate
+from lora_dist.data.tasks import CAUSAL_LM
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import load_base
+from lora_dist.parallel.strategies import Placement
 
 
 def uncovered(gathers: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:

@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from common import header, make_base, table
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import base_bytes, load_base
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches
-from lora_dist.formats import load_tokenizer
-from lora_dist.rows import Rows, prepare_rows
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import Rows, prepare_rows
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import base_bytes, load_base
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.step import Training, train_step
 
 STEPS, MAX_LENGTH = 12, 512
 KINDS = {  # sequences of a micro-batch, micro-batches of a step, order

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from common import header, mb, run_ranks, table
 
-from lora_dist.reduction import TreeSum, block, tree_reduce
+from lora_dist.parallel.exact_sum import TreeSum, block, tree_reduce
 
 NUMEL, REPEATS, COUNTER = 8_388_608, 7, Path("/sys/class/net/lo/statistics/tx_bytes")  # OPT-6.7B, r=16 on q and v
 CASES = [(2, 4), (2, 6), (4, 8), (4, 12)]  # ranks, micro-batches a step

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from common import header, make_base, mb, run_ranks, table
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import base_bytes, load_base, meta_model
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches
-from lora_dist.placement import peak_bytes
-from lora_dist.rows import Rows
-from lora_dist.run_folder import RunFolder
-from lora_dist.sharding import gathered_bytes
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import Rows
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import base_bytes, load_base, meta_model
+from lora_dist.model.placement import peak_bytes
+from lora_dist.parallel.fsdp import gathered_bytes
+from lora_dist.parallel.strategies import Placement
+from lora_dist.run.folder import RunFolder
+from lora_dist.training.step import Training, train_step
 
 NUM_LAYERS, HIDDEN, VOCAB, ACCUMULATION, STEPS, ROUNDS, LENGTH = 12, 512, 8000, 4, 3, 3, 64
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16

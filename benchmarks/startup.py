@@ -23,6 +23,8 @@ os.chdir(ROOT)
 import conftest  # noqa: E402, F401
 from ranks import fork_ranks  # noqa: E402
 
+from lora_dist.training import loop  # noqa: E402
+
 FLAGS = "--max_steps 6 --warmup_steps 2 --report_to none --eval_fraction 0 --dataset_test_split none --save_steps 0"
 FLAGS += " --gradient_accumulation_steps 1 --per_device_train_batch_size 1 --sample_prompt"
 PHASES = ("meet", "load", "first step", "a step later")
@@ -37,7 +39,7 @@ def count_into(folder: Path):
     """For each rank: CPU seconds and the loopback's bytes at the end of each phase."""
 
     def patch(rank: int) -> None:
-        from lora_dist import session, train
+        from lora_dist.training import session
 
         marks = [(time.process_time(), loopback_bytes())]
 
@@ -45,7 +47,7 @@ def count_into(folder: Path):
             marks.append((time.process_time(), loopback_bytes()))
             (folder / f"{rank}.json").write_text(json.dumps(marks))
 
-        open_session, prepare, step = session.open_session, session.prepare_training, train.train_step
+        open_session, prepare, step = session.open_session, session.prepare_training, loop.train_step
 
         @contextlib.contextmanager
         def opened(*args):
@@ -65,7 +67,7 @@ def count_into(folder: Path):
                 mark()
             return result
 
-        session.open_session, session.prepare_training, train.train_step = opened, prepared, stepped
+        session.open_session, session.prepare_training, loop.train_step = opened, prepared, stepped
 
     return patch
 

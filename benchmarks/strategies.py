@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from common import header, make_base, mb, run_ranks, table
 from residency import CONFIG, CPU, DTYPE, HIDDEN, LENGTH, NUM_LAYERS, VOCAB
 
-from lora_dist.adapters import add_adapters, fingerprint
-from lora_dist.base_model import base_bytes, load_base
-from lora_dist.data import MicroBatches
-from lora_dist.rows import Rows
-from lora_dist.run_folder import RunFolder
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import Rows
+from lora_dist.model.adapters import add_adapters, fingerprint
+from lora_dist.model.load import base_bytes, load_base
+from lora_dist.parallel.strategies import Placement
+from lora_dist.run.folder import RunFolder
+from lora_dist.training.step import Training, train_step
 
 PER_STEP, STEPS, ROUNDS, COUNTER = 8, 3, 3, Path("/sys/class/net/lo/statistics/tx_bytes")
 

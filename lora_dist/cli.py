@@ -9,10 +9,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lora_dist.config import TrainConfig, UserError, did_you_mean, end_process, parse_config
+from lora_dist.cluster.slurm import FLAGS, SlurmOptions
+from lora_dist.config import TrainConfig, parse_config
 from lora_dist.embedded import EMBEDDED
-from lora_dist.slurm import FLAGS, SlurmOptions
-from lora_dist.strategies import STRATEGIES
+from lora_dist.entry import end_process
+from lora_dist.errors import UserError, did_you_mean
+from lora_dist.parallel.strategies import STRATEGIES
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +57,7 @@ def _add_dashboard(commands) -> None:
 
 
 def _dashboard(args) -> None:
-    from lora_dist import dashboard
+    from lora_dist.tracking import dashboard
 
     if args.dump:
         print(json.dumps(dashboard.spec(dashboard.build(args.entity or "entity", args.project)), indent=2))
@@ -84,8 +86,8 @@ def _doctor(args) -> None:
     if args.distributed:
         return _doctor_distributed(args)
     config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.unknown])
-    from lora_dist.formats import load_tokenizer, marked
-    from lora_dist.rows import prepare_rows
+    from lora_dist.data.formats import load_tokenizer, marked
+    from lora_dist.data.rows import prepare_rows
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     data = prepare_rows(config, tokenizer)
@@ -102,7 +104,7 @@ def _doctor(args) -> None:
 def _doctor_distributed(args) -> None:
     if args.unknown:
         raise UserError(f"{args.unknown[0]}: no flag of doctor --distributed; it has --run_folder and --json")
-    from lora_dist.preflight import inspect_ranks, joined_ranks
+    from lora_dist.cluster.preflight import inspect_ranks, joined_ranks
 
     with joined_ranks() as device:
         report = inspect_ranks(Path(args.run_folder), device)
@@ -161,7 +163,7 @@ def _add_prepare(commands) -> None:
 
 
 def _prepare(args) -> None:
-    from lora_dist.submission import prepare
+    from lora_dist.cluster.submission import prepare
 
     if args.gpus_per_node == 0 and args.ranks_per_node is None:
         args.gpus_per_node = 1
@@ -185,7 +187,7 @@ def _add_slurm_options(command) -> None:
 
 
 def _read_submission(args):
-    from lora_dist.submission import read_submission
+    from lora_dist.cluster.submission import read_submission
 
     valid = ["--config_file", *(f"--{flag}" for flag in FLAGS.values()), *args.also]
     for word in args.unknown:
@@ -212,8 +214,8 @@ def _add_push(commands) -> None:
 
 
 def _push(args) -> None:
-    from lora_dist.run_folder import RunFolder
-    from lora_dist.wandb_run import push
+    from lora_dist.run.folder import RunFolder
+    from lora_dist.tracking.wandb_run import push
 
     print(push(RunFolder(Path(args.run_folder)), args.project, args.entity))
 
@@ -237,10 +239,10 @@ def _add_quantize(commands) -> None:
 
 
 def _quantize(args) -> None:
-    from lora_dist import session
-    from lora_dist.base_model import meta_model
-    from lora_dist.quantized_cache import load_cached_base
-    from lora_dist.strategies import Placement, world_size
+    from lora_dist.model.load import meta_model
+    from lora_dist.model.quantized_cache import load_cached_base
+    from lora_dist.parallel.strategies import Placement, world_size
+    from lora_dist.training import session
 
     dtype = session.DTYPE_OF[args.mixed_precision]
     meta_model(args.model_name_or_path, args.quantization, dtype)  # raises what can be said before anything is read
@@ -265,8 +267,8 @@ def _add_report(commands) -> None:
 
 
 def _report(args) -> None:
-    from lora_dist.report import write_comparison, write_report
-    from lora_dist.run_folder import RunFolder
+    from lora_dist.run.folder import RunFolder
+    from lora_dist.tracking.report import write_comparison, write_report
 
     folders = [RunFolder(Path(root)) for root in args.run_folders]
     for folder in folders:
@@ -294,7 +296,7 @@ def _add_status(commands) -> None:
 
 
 def _status(args) -> None:
-    from lora_dist.status import comparison, read_status
+    from lora_dist.cluster.status import comparison, read_status
 
     found = [read_status(Path(folder)) for folder in args.run_folders]
     if args.json:
@@ -351,7 +353,7 @@ def _add_submit(commands) -> None:
 
 
 def _submit(args) -> None:
-    from lora_dist import slurm, submission
+    from lora_dist.cluster import slurm, submission
 
     asked = _read_submission(args)
     command = f"lora-dist {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}"

@@ -5,11 +5,8 @@ Flags carry TrainingArguments' names where one exists. A run's settings are its 
 """
 
 import dataclasses
-import difflib
 import importlib.util
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,19 +14,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
-from lora_dist.preemption import install_handlers
-
-
-class UserError(ValueError):
-    """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
-
-
-class RunFailed(Exception):
-    """A run that cannot go on: one line that says why, and what was kept. Exit code 1."""
-
-
-class NothingToDo(Exception):
-    """What was asked for is there already: one line that says so. Exit code 0."""
+from lora_dist.errors import UserError, did_you_mean, require
 
 
 def setting(default, help: str):
@@ -324,18 +309,6 @@ def fill_in(config: TrainConfig, defaults: TrainConfig, chosen: dict) -> TrainCo
     return config
 
 
-def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "") -> str:
-    """The hint for a mistyped name: the nearest valid one, or else what the caller says."""
-    guess = difflib.get_close_matches(word, valid, 1)
-    return f"did you mean {prefix}{guess[0]}?" if guess else otherwise
-
-
-def require(condition, name: str, value, rule: str) -> None:
-    """Raise the one-line error for `--name value` unless the condition holds."""
-    if not condition:
-        raise UserError(f"--{name} {value}: {rule}")
-
-
 class _Parser(HfArgumentParser):
     def error(self, message):  # argparse would print its usage and exit here, on every rank
         raise UserError(message.removeprefix("argument "))
@@ -388,34 +361,3 @@ def as_flags(settings: dict) -> list[str]:
         if value is not None:
             flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
-
-
-def run_recipe(main, defaults: TrainConfig, *, description: str) -> None:
-    """Entry point of a recipe. Ends the process."""
-    install_handlers()
-    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher's
-    end_process(lambda: main(parse_config(defaults, argv, description=description)))
-
-
-def end_process(work: Callable[[], None]) -> None:
-    """Do the work and end the process: exit code 0; for bad input one line from rank 0, and 2 on all ranks.
-
-    A run that cannot go on is one line and 1 in the same way.
-    """
-    code = 0
-    try:
-        work()
-    except NothingToDo as reason:
-        if os.environ.get("RANK", "0") == "0":
-            print(reason)
-    except (UserError, RunFailed) as error:
-        code = 2 if isinstance(error, UserError) else 1
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:  # of a command; recipes have handlers of their own
-        code = 130
-    # Not sys.exit: gloo's threads drop the tensors of the last collective a moment after it, and where Python is
-    # already shutting down, taking its lock ends such a thread inside a destructor: SIGABRT after a finished run.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

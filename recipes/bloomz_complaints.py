@@ -9,7 +9,8 @@ Without a GPU the same command trains the small OPT that ships with the package,
 Expect, with the embedded base on 2 CPU ranks: accuracy from 0.00 to 1.00 in 150 steps.
 """
 
-from lora_dist.config import TrainConfig, run_recipe
+from lora_dist.config import TrainConfig
+from lora_dist.entry import run_recipe
 
 GPU = {
     "model_name_or_path": "bigscience/bloomz-7b1", "dataset_name": "ought/raft",
@@ -45,11 +46,11 @@ def as_prompt(example: dict) -> dict:
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.evaluation import predict
-    from lora_dist.formats import load_tokenizer
-    from lora_dist.rows import prepare_rows
-    from lora_dist.strategies import read_launch
-    from lora_dist.train import train
+    from lora_dist.data.formats import load_tokenizer
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.parallel.strategies import read_launch
+    from lora_dist.training.evaluation import predict
+    from lora_dist.training.loop import train
 
     # Where are we?
     launch = read_launch(config)

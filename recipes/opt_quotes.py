@@ -13,7 +13,8 @@ Expect, with the embedded base on 2 CPU ranks: held-out perplexity from 15.0 to 
 batches are about half padding: `--packing true --per_device_train_batch_size 1` fills the rows instead.
 """
 
-from lora_dist.config import TrainConfig, run_recipe
+from lora_dist.config import TrainConfig
+from lora_dist.entry import run_recipe
 
 GPU = {"model_name_or_path": "facebook/opt-6.7b", "dataset_name": "Abirate/english_quotes"}
 EMBEDDED = {"model_name_or_path": "embedded", "dataset_name": "embedded"}  # where there is no GPU
@@ -39,10 +40,10 @@ CONFIG = TrainConfig(
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.formats import load_tokenizer
-    from lora_dist.rows import prepare_rows
-    from lora_dist.strategies import read_launch
-    from lora_dist.train import train
+    from lora_dist.data.formats import load_tokenizer
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.parallel.strategies import read_launch
+    from lora_dist.training.loop import train
 
     # Where are we?
     launch = read_launch(config)

@@ -10,7 +10,8 @@ Without a GPU the same command trains the small OPT that ships with the package,
 Expect, with the embedded base on 2 CPU ranks: micro F1 from 0.15 to 0.83 in 300 steps.
 """
 
-from lora_dist.config import TrainConfig, run_recipe
+from lora_dist.config import TrainConfig
+from lora_dist.entry import run_recipe
 
 GPU = {"model_name_or_path": "facebook/opt-6.7b", "dataset_name": "Abirate/english_quotes"}
 EMBEDDED = {  # where there is no GPU
@@ -39,12 +40,12 @@ CONFIG = TrainConfig(
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.evaluation import held_out_labels, predict
-    from lora_dist.formats import load_tokenizer
-    from lora_dist.rows import prepare_rows
-    from lora_dist.scores import f1_scores
-    from lora_dist.strategies import read_launch
-    from lora_dist.train import train
+    from lora_dist.data.formats import load_tokenizer
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.parallel.strategies import read_launch
+    from lora_dist.training.evaluation import held_out_labels, predict
+    from lora_dist.training.loop import train
+    from lora_dist.training.scores import f1_scores
 
     # Where are we?
     launch = read_launch(config)

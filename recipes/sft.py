@@ -13,7 +13,8 @@ Without a GPU the same commands without a model train the small OPT that ships w
 Expect that to bring the held-out perplexity of the quotes from 15.0 to 11.6 on 2 CPU ranks.
 """
 
-from lora_dist.config import TrainConfig, run_recipe
+from lora_dist.config import TrainConfig
+from lora_dist.entry import run_recipe
 
 GPU = {
     "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "dataset_name": "HuggingFaceH4/ultrachat_200k",
@@ -42,10 +43,10 @@ CONFIG = TrainConfig(
 
 def main(config: TrainConfig) -> None:
     from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.formats import load_tokenizer
-    from lora_dist.rows import prepare_rows
-    from lora_dist.strategies import read_launch
-    from lora_dist.train import train
+    from lora_dist.data.formats import load_tokenizer
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.parallel.strategies import read_launch
+    from lora_dist.training.loop import train
 
     # Where are we?
     launch = read_launch(config)

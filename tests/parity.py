@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_dist.adapters import is_trained, trainable_parameters
-from lora_dist.base_model import load_base
-from lora_dist.data import MicroBatch, collate
+from lora_dist.data.micro_batches import MicroBatch, collate
+from lora_dist.data.rows import Rows
+from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
-from lora_dist.freezing import keep_norms_in_fp32
-from lora_dist.rows import Rows
-from lora_dist.strategies import Placement
-from lora_dist.tasks import CAUSAL_LM
+from lora_dist.model.adapters import is_trained, trainable_parameters
+from lora_dist.model.load import load_base
+from lora_dist.model.quantize_model import keep_norms_in_fp32
+from lora_dist.parallel.strategies import Placement
 
 CPU = torch.device("cpu")
 

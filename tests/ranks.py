@@ -118,8 +118,8 @@ def forked_ranks(
 
     `patch(rank)` is called in each before the recipe. None is left behind.
     """
-    import lora_dist.quantized_cache  # noqa: F401
-    import lora_dist.session  # noqa: F401
+    import lora_dist.model.quantized_cache  # noqa: F401
+    import lora_dist.training.session  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:

@@ -6,7 +6,7 @@ its flags. Edit their upper halves, or give sbatch other options in front.
 
 from pathlib import Path
 
-from lora_dist.slurm import Job, SlurmOptions, render
+from lora_dist.cluster.slurm import Job, SlurmOptions, render
 
 RECIPE = '"${@:-recipes/opt_quotes.py}"'
 GPUS = {"ranks_per_node": "$SLURM_GPUS_ON_NODE"}  # so that `sbatch --gpus-per-node=4 ...` is enough

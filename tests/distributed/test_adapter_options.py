@@ -11,7 +11,10 @@ from parity import CPU, batch_of, load_sharded, load_unsharded, loss_and_gradien
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-from lora_dist.adapters import (
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import (
     add_adapters,
     check_identical,
     check_targets,
@@ -20,12 +23,9 @@ from lora_dist.adapters import (
     trainable_parameters,
     verify_adapter,
 )
-from lora_dist.base_model import base_bytes, meta_model
-from lora_dist.config import UserError
-from lora_dist.data import MicroBatches
-from lora_dist.formats import load_tokenizer
-from lora_dist.run_folder import RunFolder
-from lora_dist.step import Training
+from lora_dist.model.load import base_bytes, meta_model
+from lora_dist.run.folder import RunFolder
+from lora_dist.training.step import Training
 
 # name: (family, settings, parameters that train beside lora_A and lora_B)
 OPTIONS = {

@@ -9,14 +9,14 @@ from parity import load_placed, zero
 from ranks import run_ranks
 from test_engines import make_run
 
-from lora_dist.adapters import fingerprint, trainable_parameters
-from lora_dist.base_model import meta_model
-from lora_dist.config import UserError
-from lora_dist.context_parallel import FAMILIES, check_context_parallel
-from lora_dist.evaluation import evaluate
-from lora_dist.sharding import decoder_layers
-from lora_dist.step import train_step
-from lora_dist.strategies import Placement
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import fingerprint, trainable_parameters
+from lora_dist.model.load import meta_model
+from lora_dist.parallel.context import FAMILIES, check_context_parallel
+from lora_dist.parallel.fsdp import decoder_layers
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.evaluation import evaluate
+from lora_dist.training.step import train_step
 
 
 def _train_on_rank(rank, config, path, placement):

@@ -12,16 +12,16 @@ from parity import CPU, load_placed, rows_of, zero
 from ranks import run_ranks
 from test_reading import SLACK, checkpoint, read_so_far  # noqa: F401 (a fixture)
 
-from lora_dist.adapters import add_adapters, fingerprint
-from lora_dist.base_model import base_bytes
-from lora_dist.data import MicroBatches
-from lora_dist.evaluation import evaluate
-from lora_dist.pipeline import RETURN_TUPLES, schedule
-from lora_dist.quantization import packed_weights
-from lora_dist.quantized_cache import load_cached_base
-from lora_dist.sharding import decoder_layers
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.model.adapters import add_adapters, fingerprint
+from lora_dist.model.load import base_bytes
+from lora_dist.model.quantization import packed_weights
+from lora_dist.model.quantized_cache import load_cached_base
+from lora_dist.parallel.fsdp import decoder_layers
+from lora_dist.parallel.pipeline import RETURN_TUPLES, schedule
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.evaluation import evaluate
+from lora_dist.training.step import Training, train_step
 
 G, SEQUENCES = 4, 2  # micro-batches a step, rows of each
 GATHER_LITTLE = dict.fromkeys(

@@ -11,10 +11,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import base_bytes, meta_model
-from lora_dist.config import UserError
-from lora_dist.freezing import quantized_share
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import base_bytes, meta_model
+from lora_dist.model.quantize_model import quantized_share
 
 FAMILIES = list(CONFIGS)
 FAMILIES.remove("falcon")

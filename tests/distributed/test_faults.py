@@ -12,11 +12,12 @@ import pytest
 from ranks import BIN, ROOT, fork_ranks, forked_ranks, wait_for_step
 
 from lora_dist.config import TrainConfig, parse_config
-from lora_dist.data import MicroBatches
-from lora_dist.formats import load_tokenizer
-from lora_dist.metrics import MetricsLog
-from lora_dist.rows import prepare_rows
-from lora_dist.run_folder import RunFolder
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import prepare_rows
+from lora_dist.run.folder import RunFolder
+from lora_dist.tracking.metrics import MetricsLog
+from lora_dist.training import loop
 
 FLAGS = ("--max_steps", "200", "--warmup_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "2")
 FLAGS += ("--gradient_accumulation_steps", "2", "--eval_fraction", "0", "--save_steps", "2", "--report_to", "none")
@@ -76,7 +77,7 @@ def fails_on(rank_that_fails: int, step: int, how, turn: int = 0):
     """A patch: at its first, or another, micro-batch of a step one rank does something else."""
 
     def patch(rank: int) -> None:
-        import lora_dist.step as step_module
+        import lora_dist.training.step as step_module
 
         original = step_module.read_micro_batch
 
@@ -146,7 +147,7 @@ def not_finite(at_step: int, index: int, what: str):
     def patch(rank: int) -> None:
         import torch
 
-        import lora_dist.step as step_module
+        import lora_dist.training.step as step_module
 
         now = {}
         read, loss_of, flatten = step_module.read_micro_batch, step_module.forward_loss, step_module.flatten_gradients
@@ -312,7 +313,7 @@ def test_too_many_failed_saves_end_the_run(small_disk):
 
 def test_a_second_run_on_the_folder_is_refused(folder):
     def impatient(rank: int) -> None:
-        import lora_dist.run_folder as run_folder
+        import lora_dist.run.folder as run_folder
 
         run_folder.LOCK_PATIENCE_S = 0.5
 
@@ -410,16 +411,15 @@ def test_metrics_go_on_where_wandb_is_gone(folder, capsys):
 
 def late_reader(rank):
     """Rank 1, as one of another machine, comes to read the saved adapter when rank 0 is through."""
-    from lora_dist import train
 
-    verify = train.verify_adapter
+    verify = loop.verify_adapter
 
     def late(*args, **kwargs):
         if rank == 1:
             time.sleep(1)
         verify(*args, **kwargs)
 
-    train.verify_adapter = late
+    loop.verify_adapter = late
 
 
 def test_the_adapter_gets_its_name_when_all_ranks_have_read_it(folder):

@@ -10,14 +10,14 @@ from parity import load_placed, randomize
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
-from lora_dist.adapters import add_adapters, trainable_parameters
-from lora_dist.base_model import base_bytes
-from lora_dist.data import MicroBatches, collate
-from lora_dist.evaluation import evaluate
-from lora_dist.rows import Rows
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
-from lora_dist.tasks import CAUSAL_LM, IGNORE_INDEX
+from lora_dist.data.micro_batches import MicroBatches, collate
+from lora_dist.data.rows import Rows
+from lora_dist.data.tasks import CAUSAL_LM, IGNORE_INDEX
+from lora_dist.model.adapters import add_adapters, trainable_parameters
+from lora_dist.model.load import base_bytes
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.evaluation import evaluate
+from lora_dist.training.step import Training, train_step
 
 ORDERS = {"random": {}, "packed": {"pack_to": 80}, "grouped": {"group_by_length": True}}
 

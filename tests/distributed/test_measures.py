@@ -6,8 +6,8 @@ import json
 import pytest
 from ranks import fork_ranks
 
-from lora_dist.metric_names import METRICS, PARTS
-from lora_dist.run_folder import STEP, RunFolder
+from lora_dist.run.folder import STEP, RunFolder
+from lora_dist.tracking.metric_names import METRICS, PARTS
 
 FLAGS = ("--max_steps", "6", "--warmup_steps", "1", "--max_length", "64", "--per_device_train_batch_size", "2")
 FLAGS += ("--gradient_accumulation_steps", "2", "--eval_fraction", "0", "--save_steps", "3", "--report_to", "none")
@@ -85,7 +85,7 @@ def slow_rank_1(rank: int) -> None:
     if rank == 1:
         import time
 
-        from lora_dist import step
+        from lora_dist.training import step
 
         original = step.flatten_gradients
 

@@ -9,14 +9,14 @@ import pytest
 from accelerate import Accelerator
 from ranks import ROOT, run_ranks
 
-from lora_dist.config import UserError
-from lora_dist.formats import load_tokenizer
-from lora_dist.rows import prepare_rows
-from lora_dist.session import check_same_rows
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import prepare_rows
+from lora_dist.errors import UserError
+from lora_dist.training.session import check_same_rows
 
 RANK = """
 import datetime, os, time
-from lora_dist import session
+from lora_dist.training import session
 session.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
 if os.environ["RANK"] == "1":
     time.sleep(3)  # longer than a collective may take

@@ -10,8 +10,8 @@ import time
 import pytest
 from ranks import ROOT
 
-from lora_dist.base_model import base_bytes
-from lora_dist.sharding import decoder_layers
+from lora_dist.model.load import base_bytes
+from lora_dist.parallel.fsdp import decoder_layers
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,9 +25,9 @@ sys.path.insert(0, "tests")
 import torch, torch.distributed as dist
 import conftest
 from parity import load_sharded, loss_and_gradients, randomize
-from lora_dist.adapters import add_adapters
+from lora_dist.model.adapters import add_adapters
 from lora_dist.config import TrainConfig
-from lora_dist.sharding import gathered_bytes
+from lora_dist.parallel.fsdp import gathered_bytes
 
 rank, shard_ranks, cable = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method="tcp://10.213.7.1:29511", rank=rank, world_size=4)

@@ -11,14 +11,14 @@ from parity import batch_of, load_placed, randomize, rows_of
 from ranks import run_ranks
 from transformers import FalconConfig
 
-from lora_dist.adapters import add_adapters, probe_logits, trainable_parameters
-from lora_dist.base_model import base_bytes, meta_model
-from lora_dist.config import UserError
-from lora_dist.data import MicroBatches, collate, model_inputs
-from lora_dist.packing import check_packing, join, prepare_packing
-from lora_dist.step import Training, check_isolation
-from lora_dist.strategies import Placement
-from lora_dist.tasks import CAUSAL_LM
+from lora_dist.data.micro_batches import MicroBatches, collate, model_inputs
+from lora_dist.data.packing import check_packing, join, prepare_packing
+from lora_dist.data.tasks import CAUSAL_LM
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import add_adapters, probe_logits, trainable_parameters
+from lora_dist.model.load import base_bytes, meta_model
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.step import Training, check_isolation
 
 DOCUMENTS = [list(range(5, 17)), list(range(30, 37)), [99, 98], list(range(5, 25)), list(range(50, 59))]
 FAMILIES = [family for family in CONFIGS if not family.endswith("tied")]
@@ -82,13 +82,13 @@ def test_a_leak_is_found(config, tmp_path, monkeypatch):
     model = add_adapters(load_placed(Placement(), "int8", torch.float32), config)
     check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
     monkeypatch.setattr(
-        "lora_dist.packing.block_diagonal", lambda documents: documents.new_ones(1, 1, 24, 24).tril() > 0
+        "lora_dist.data.packing.block_diagonal", lambda documents: documents.new_ones(1, 1, 24, 24).tril() > 0
     )
     with pytest.raises(UserError, match="--packing True: in a opt the documents of a row see each other"):
         check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
     monkeypatch.undo()
     whole = torch.arange(24)[None]
-    monkeypatch.setattr("lora_dist.packing.positions_in_documents", lambda documents: whole)
+    monkeypatch.setattr("lora_dist.data.packing.positions_in_documents", lambda documents: whole)
     with pytest.raises(UserError, match="see each other"):  # positions that go on are told too
         check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
 

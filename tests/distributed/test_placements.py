@@ -11,12 +11,12 @@ from parity import load_sharded, loss_and_gradients, randomize
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import base_bytes
-from lora_dist.placement import agree
-from lora_dist.quantization import FrozenLinear
-from lora_dist.sharding import decoder_layers, gathered_bytes, release, sharded_modules
-from lora_dist.strategies import Placement
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import base_bytes
+from lora_dist.model.placement import agree
+from lora_dist.model.quantization import FrozenLinear
+from lora_dist.parallel.fsdp import decoder_layers, gathered_bytes, release, sharded_modules
+from lora_dist.parallel.strategies import Placement
 
 MICRO_BATCHES = 3
 

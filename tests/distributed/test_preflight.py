@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from lora_dist import preflight
-from lora_dist.config import RunFailed
-from lora_dist.oddities import RankFacts, find_oddities
-from lora_dist.preflight import Report, inspect_ranks, schedule
+from lora_dist.cluster import preflight
+from lora_dist.cluster.oddities import RankFacts, find_oddities
+from lora_dist.cluster.preflight import Report, inspect_ranks, schedule
+from lora_dist.errors import RunFailed
 
 GIB = 2**30
 FOLDER = "/shared/runs"

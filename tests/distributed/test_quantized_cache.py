@@ -15,12 +15,12 @@ from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from lora_dist.adapters import add_adapters
-from lora_dist.config import UserError
 from lora_dist.embedded import BASE_DIR
-from lora_dist.quantization import KIND_OF
-from lora_dist.quantized_cache import fingerprint_of, load_cached_base, unusable_because
-from lora_dist.strategies import Placement
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.quantization import KIND_OF
+from lora_dist.model.quantized_cache import fingerprint_of, load_cached_base, unusable_because
+from lora_dist.parallel.strategies import Placement
 
 
 def families_and_formats(*families):
@@ -97,7 +97,7 @@ def contents(folder):
     "family, quantization", families_and_formats("mixtral", "opt", "gpt2", "llama_tied", "gpt_neox", "falcon")
 )
 def test_the_cache_is_one_at_any_world_size_and_gives_the_same_bits(tmp_path, family, quantization, monkeypatch):
-    monkeypatch.setattr("lora_dist.quantized_cache.MAX_FILE_BYTES", 30_000)  # several files
+    monkeypatch.setattr("lora_dist.model.quantized_cache.MAX_FILE_BYTES", 30_000)  # several files
     path = checkpoint_with_tokenizer(family, tmp_path)
     (expected,) = run_ranks(_load_cached_on_rank, 1, quantization, path, tmp_path / "cache1")
     written = contents(tmp_path / "cache1")

@@ -14,11 +14,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_dist.base_model import base_bytes
-from lora_dist.config import UserError
-from lora_dist.quantized_cache import load_cached_base
-from lora_dist.strategies import Placement
-from lora_dist.weights import open_weights
+from lora_dist.errors import UserError
+from lora_dist.model import load
+from lora_dist.model.lazy_weights import open_weights
+from lora_dist.model.load import base_bytes
+from lora_dist.model.quantized_cache import load_cached_base
+from lora_dist.parallel.strategies import Placement
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
@@ -95,9 +96,8 @@ def test_a_bin_gives_the_bits_that_safetensors_give(checkpoint):
 
 def _storages_on_rank(rank, path):
     """Bytes of tensors alive while the base loads: the highest, beside what is held at the end."""
-    from lora_dist import base_model
 
-    highest, convert = 0, base_model.QuantizeRows.convert
+    highest, convert = 0, load.QuantizeRows.convert
 
     def watched(self, *args, **kwargs):
         nonlocal highest
@@ -108,7 +108,7 @@ def _storages_on_rank(rank, path):
         highest = max(highest, sum(alive.values()))
         return converted
 
-    base_model.QuantizeRows.convert = watched
+    load.QuantizeRows.convert = watched
     model = load_sharded("int8", torch.float16, path)
     return highest, base_bytes(model).per_rank
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 from ranks import fork_ranks
 
-from lora_dist.run_folder import RunFolder
+from lora_dist.run.folder import RunFolder
 
 STEPS = 12
 # 4 micro-batches a step, of 2 rows: so 1 to 4 ranks share them. Dropout is on, as the recipe has it.
@@ -20,7 +20,7 @@ def killed_after(step: int):
     """A patch: SIGKILL to this rank after a step, when what was to be saved is saved."""
 
     def patch(rank: int) -> None:
-        import lora_dist.train as train
+        import lora_dist.training.loop as train
 
         savers, take_step = [], train.train_step
 
@@ -166,7 +166,7 @@ def test_the_loss_scaler_goes_on(tmp_path):
         def patch(rank: int) -> None:
             import torch
 
-            import lora_dist.session as session
+            import lora_dist.training.session as session
 
             prepare = session.prepare_training
 

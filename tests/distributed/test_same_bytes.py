@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from parity import CPU, assert_as_checked_in, load_placed, zero
 from ranks import run_ranks
 
-from lora_dist.adapters import add_adapters, check_identical, fingerprint
-from lora_dist.base_model import base_bytes
-from lora_dist.data import MicroBatches
-from lora_dist.evaluation import evaluate
-from lora_dist.formats import load_tokenizer
-from lora_dist.rows import Rows, prepare_rows
-from lora_dist.run_folder import RunFolder
-from lora_dist.sharding import decoder_layers, sharded_modules
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
-from lora_dist.zero import whole_shape
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import Rows, prepare_rows
+from lora_dist.model.adapters import add_adapters, check_identical, fingerprint
+from lora_dist.model.load import base_bytes
+from lora_dist.parallel.fsdp import decoder_layers, sharded_modules
+from lora_dist.parallel.strategies import Placement
+from lora_dist.parallel.zero import whole_shape
+from lora_dist.run.folder import RunFolder
+from lora_dist.training.evaluation import evaluate
+from lora_dist.training.step import Training, train_step
 
 MICRO_BATCHES_PER_STEP = 12
 

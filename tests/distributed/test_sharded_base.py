@@ -11,11 +11,11 @@ from peft import PeftModel
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
-from lora_dist.base_model import base_bytes
-from lora_dist.formats import load_tokenizer
-from lora_dist.quantization import KIND_OF, FrozenLinear, as_floats, packed_weights
-from lora_dist.sharding import decoder_layers, gathered_bytes, release, sharded_modules
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.model.adapters import add_adapters, save_adapter, verify_adapter
+from lora_dist.model.load import base_bytes
+from lora_dist.model.quantization import KIND_OF, FrozenLinear, as_floats, packed_weights
+from lora_dist.parallel.fsdp import decoder_layers, gathered_bytes, release, sharded_modules
 
 QUANTIZATIONS = [*KIND_OF, "none"]
 

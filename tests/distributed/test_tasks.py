@@ -18,17 +18,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_dist.adapters import add_adapters, fingerprint, is_trained, save_adapter, trainable_parameters
-from lora_dist.base_model import base_bytes, load_base, meta_model
-from lora_dist.config import UserError
-from lora_dist.data import MicroBatches, collate
-from lora_dist.evaluation import evaluate, held_out_labels, predict
-from lora_dist.formats import load_tokenizer
-from lora_dist.freezing import quantized_share
-from lora_dist.rows import Rows
-from lora_dist.step import Training, train_step
-from lora_dist.strategies import Placement
-from lora_dist.tasks import IGNORE_INDEX, TASKS
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches, collate
+from lora_dist.data.rows import Rows
+from lora_dist.data.tasks import IGNORE_INDEX, TASKS
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import add_adapters, fingerprint, is_trained, save_adapter, trainable_parameters
+from lora_dist.model.load import base_bytes, load_base, meta_model
+from lora_dist.model.quantize_model import quantized_share
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.evaluation import evaluate, held_out_labels, predict
+from lora_dist.training.step import Training, train_step
 
 CLASSES = ["one", "two", "three", "four", "five"]
 # Labels of a row of so many tokens.

@@ -11,9 +11,9 @@ from test_engines import G, make_run
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from lora_dist.adapters import add_adapters, trainable_parameters
-from lora_dist.step import train_step
-from lora_dist.strategies import Placement
+from lora_dist.model.adapters import add_adapters, trainable_parameters
+from lora_dist.parallel.strategies import Placement
+from lora_dist.training.step import train_step
 
 STEPS = 4
 # Trainer adds the micro-batches' gradients one after another and we along a tree: fp32's rounding, and AdamW's step,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ranks import start_rank
 
-from lora_dist.flops import peak_tflops
-from lora_dist.run_folder import RunFolder
+from lora_dist.model.flops import peak_tflops
+from lora_dist.run.folder import RunFolder
 
 pytestmark = [
     pytest.mark.gpu,

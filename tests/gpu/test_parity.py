@@ -7,10 +7,10 @@ import torch
 from families import make_checkpoint
 from parity import load_unsharded, loss_and_gradients, randomize
 
-from lora_dist.adapters import add_adapters
-from lora_dist.base_model import load_base
-from lora_dist.quantization import KIND_OF
-from lora_dist.strategies import Placement
+from lora_dist.model.adapters import add_adapters
+from lora_dist.model.load import load_base
+from lora_dist.model.quantization import KIND_OF
+from lora_dist.parallel.strategies import Placement
 
 pytestmark = [
     pytest.mark.gpu,

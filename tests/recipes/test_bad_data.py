@@ -215,7 +215,7 @@ def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
     if name:
         (tmp_path / name).write_bytes(content)
     if case == "classes outside their range":  # which datasets checks when it makes them, and not when it reads them
-        monkeypatch.setattr("lora_dist.sources.datasets.load_from_disk", _with_class_7)
+        monkeypatch.setattr("lora_dist.data.sources.datasets.load_from_disk", _with_class_7)
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"

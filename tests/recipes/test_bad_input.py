@@ -184,7 +184,9 @@ def test_nothing_runs_after_a_recipe_is_done(tmp_path, raised, code):
     script = tmp_path / "recipe.py"
     script.write_text(
         "import atexit, os\n"
-        "from lora_dist.config import TrainConfig, UserError, run_recipe\n"
+        "from lora_dist.config import TrainConfig\n"
+        "from lora_dist.entry import run_recipe\n"
+        "from lora_dist.errors import UserError\n"
         "def main(config):\n"
         "    atexit.register(os.abort)\n"
         "    print('trained')\n"

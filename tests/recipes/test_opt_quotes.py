@@ -14,10 +14,11 @@ from ranks import fork_ranks, launch, launch_recipe, start_rank
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dist.config import RunFailed, parse_config
+from lora_dist.config import parse_config
 from lora_dist.embedded import BASE_DIR
-from lora_dist.manifest import is_complete
-from lora_dist.run_folder import RunFolder
+from lora_dist.errors import RunFailed
+from lora_dist.files import is_complete
+from lora_dist.run.folder import RunFolder
 
 STEPS = 6
 # Unquantized and in fp32, so that a plain transformers base is the very same function.
@@ -183,9 +184,9 @@ def test_plain_peft_loads_the_adapter_to_the_logits_of_training(tmp_path):
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
 
     # The held-out loss that training measured at its end is the loss of that model.
-    from lora_dist.data import collate
-    from lora_dist.rows import prepare_rows
-    from lora_dist.tasks import CAUSAL_LM
+    from lora_dist.data.micro_batches import collate
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.data.tasks import CAUSAL_LM
 
     config = parse_config(parse_config.__globals__["TrainConfig"](), ["--config", str(folder.config)])
     tokenizer = AutoTokenizer.from_pretrained(folder.adapter)
@@ -212,8 +213,8 @@ def test_generate_completes_a_prompt(int8_run):
 
 def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):
     """The program's own check after a save, on adapters that were damaged in four ways."""
-    from lora_dist.adapters import add_adapters, save_adapter, verify_adapter
-    from lora_dist.formats import load_tokenizer
+    from lora_dist.data.formats import load_tokenizer
+    from lora_dist.model.adapters import add_adapters, save_adapter, verify_adapter
 
     base = load_sharded("int8")
     model, probe = add_adapters(base, config), batch_of([[2, 5, 6, 7, 8]])

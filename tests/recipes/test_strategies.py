@@ -7,10 +7,10 @@ import pytest
 from ranks import BIN, ROOT, launch, launch_recipe, start_rank
 
 from lora_dist.config import TrainConfig
-from lora_dist.data import MicroBatches
-from lora_dist.formats import load_tokenizer
-from lora_dist.rows import prepare_rows
-from lora_dist.strategies import STRATEGIES
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches
+from lora_dist.data.rows import prepare_rows
+from lora_dist.parallel.strategies import STRATEGIES
 
 STEPS = 4
 FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "1", "--max_length", "64", "--report_to", "none")

@@ -11,8 +11,8 @@ import pytest
 from ranks import ROOT
 
 from lora_dist.cli import main
-from lora_dist.config import UserError
-from lora_dist.slurm import Job, SlurmOptions, render, render_prepare, seconds
+from lora_dist.cluster.slurm import Job, SlurmOptions, render, render_prepare, seconds
+from lora_dist.errors import UserError
 
 HERE = Path(__file__).parent
 

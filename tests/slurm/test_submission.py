@@ -10,10 +10,10 @@ import pytest
 import yaml
 from ranks import BIN, ROOT
 
-from lora_dist import packages
-from lora_dist.config import UserError
-from lora_dist.slurm import SlurmOptions
-from lora_dist.submission import OF_LAUNCHERS, job_of, read_submission, write_job
+from lora_dist import environment
+from lora_dist.cluster.slurm import SlurmOptions
+from lora_dist.cluster.submission import OF_LAUNCHERS, job_of, read_submission, write_job
+from lora_dist.errors import UserError
 
 TWO_RANKS = SlurmOptions(ranks_per_node=2)
 
@@ -72,7 +72,7 @@ def test_the_job_holds_copies_of_all_that_the_checkout_could_change(tmp_path, mo
     assert script == job / "job.sbatch" and not (tmp_path / "run/job.partial").exists()
     assert (job / "code/recipes/mine.py").read_text() == recipe.read_text()
     assert (job / "code/recipes/helper.py").read_text() == "# beside it\n"
-    assert (job / "code/git_commit").read_text() == (packages.git_commit() or "")
+    assert (job / "code/git_commit").read_text() == (environment.git_commit() or "")
     here = {p.relative_to(ROOT) for p in (ROOT / "lora_dist").rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert {p.relative_to(job / "code") for p in (job / "code/lora_dist").rglob("*") if p.is_file()} == here
 

@@ -4,7 +4,8 @@ import re
 import pytest
 import yaml
 
-from lora_dist.config import TrainConfig, UserError, parse_config
+from lora_dist.config import TrainConfig, parse_config
+from lora_dist.errors import UserError
 
 DEFAULTS = TrainConfig(dataset_text_field="quote", max_steps=200)
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from lora_dist.config import UserError
-from lora_dist.formats import Encoder, choose_format, load_tokenizer, marked
-from lora_dist.tasks import IGNORE_INDEX
+from lora_dist.data.formats import Encoder, choose_format, load_tokenizer, marked
+from lora_dist.data.tasks import IGNORE_INDEX
+from lora_dist.errors import UserError
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

@@ -5,11 +5,11 @@ import dataclasses
 import datasets
 import pytest
 
-from lora_dist.config import UserError
-from lora_dist.formats import load_tokenizer
-from lora_dist.labels import number_classes
-from lora_dist.rows import prepare_rows
-from lora_dist.tasks import IGNORE_INDEX
+from lora_dist.data.classes import number_classes
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import prepare_rows
+from lora_dist.data.tasks import IGNORE_INDEX
+from lora_dist.errors import UserError
 
 TOKENIZER = load_tokenizer("embedded")
 NAMES = datasets.ClassLabel(names=["no", "yes", "maybe"])

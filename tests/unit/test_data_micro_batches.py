@@ -7,13 +7,13 @@ import pytest
 import torch
 from parity import batch_of, rows_of
 
-from lora_dist import data
-from lora_dist.data import MicroBatches, Prefetch, collate
-from lora_dist.formats import load_tokenizer
-from lora_dist.packing import best_fit_decreasing, block_diagonal, join, positions_in_documents
-from lora_dist.reduction import block
-from lora_dist.rows import prepare_rows
-from lora_dist.tasks import IGNORE_INDEX
+from lora_dist.data import micro_batches as micro_batches_module
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.micro_batches import MicroBatches, Prefetch, collate
+from lora_dist.data.packing import best_fit_decreasing, block_diagonal, join, positions_in_documents
+from lora_dist.data.rows import prepare_rows
+from lora_dist.data.tasks import IGNORE_INDEX
+from lora_dist.parallel.exact_sum import block
 
 ROWS = rows_of([[2, 10 + i] + [5] * (i % 4) for i in range(23)])  # token 1 names the row
 ORDERS = {"random": {}, "packed": {"pack_to": 9}, "grouped": {"group_by_length": True}}
@@ -34,7 +34,7 @@ def same(one, other) -> bool:
 @pytest.fixture
 def stream(config, monkeypatch):
     """The held-out embedded quotes as a stream, in windows of 60 rows."""
-    monkeypatch.setattr(data, "STREAM_WINDOW", 60)
+    monkeypatch.setattr(micro_batches_module, "STREAM_WINDOW", 60)
     settings = {"streaming": True, "dataset_train_split": "test", "eval_fraction": 0.0, "max_length": 200}
     return prepare_rows(dataclasses.replace(config, **settings), load_tokenizer("embedded")).train
 
@@ -194,7 +194,9 @@ def test_prefetching_changes_nothing_and_works_ahead(turns):
         for turn, index in enumerate(turns):
             assert same(read(step, turn), plain(step, index))
     read._thread.shutdown()
-    assert made == [(step, index) for step in range(5) for index in turns][: 3 * len(turns) + data.AHEAD]
+    assert (
+        made == [(step, index) for step in range(5) for index in turns][: 3 * len(turns) + micro_batches_module.AHEAD]
+    )
     assert same(Prefetch(watched, turns, torch.device("cpu"))(7, 1), plain(7, turns[1]))  # begun in the middle
 
 

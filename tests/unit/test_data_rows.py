@@ -11,12 +11,12 @@ import datasets
 import pytest
 from ranks import ROOT, launch
 
-from lora_dist import rows as rows_module
-from lora_dist.config import UserError
+from lora_dist.data import rows as rows_module
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import Rows, cut, prepare_rows
+from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import QUOTES_DIR
-from lora_dist.formats import load_tokenizer
-from lora_dist.rows import Rows, cut, prepare_rows
-from lora_dist.tasks import IGNORE_INDEX
+from lora_dist.errors import UserError
 
 TOKENIZER = load_tokenizer("embedded")
 
@@ -161,9 +161,9 @@ def test_other_settings_or_content_are_not_taken_from_the_cache(prepare, change)
 
 SLOW_PROCESS = """
 import sys, time
-from lora_dist import rows
+from lora_dist.data import rows
 from lora_dist.config import TrainConfig
-from lora_dist.formats import Encoder, load_tokenizer
+from lora_dist.data.formats import Encoder, load_tokenizer
 fast = Encoder.__call__
 def slow(self, documents):
     print("encoding", flush=True)

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from lora_dist.base_model import meta_model
-from lora_dist.config import UserError
-from lora_dist.deepspeed_config import idle_keys, mixed_precision, read_deepspeed_config
-from lora_dist.strategies import read_launch
-from lora_dist.zero import engine_config
+from lora_dist.errors import UserError
+from lora_dist.model.load import meta_model
+from lora_dist.parallel.deepspeed_config import idle_keys, mixed_precision, read_deepspeed_config
+from lora_dist.parallel.strategies import read_launch
+from lora_dist.parallel.zero import engine_config
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from lora_dist.adapters import trainable_parameters
-from lora_dist.base_model import meta_model
 from lora_dist.config import TrainConfig
 from lora_dist.embedded import EMBEDDED
-from lora_dist.flops import base_work, peak_tflops, step_work
+from lora_dist.model.adapters import trainable_parameters
+from lora_dist.model.flops import base_work, peak_tflops, step_work
+from lora_dist.model.load import meta_model
 
 B, T = 2, 48
 

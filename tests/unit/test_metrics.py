@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.measures import summarise
-from lora_dist.metric_names import METRICS, MOST_RANKS
+from lora_dist.tracking.metric_names import METRICS, MOST_RANKS
+from lora_dist.training.measures import summarise
 
 DOCS = Path(__file__).parents[2] / "docs/metrics.md"
 NAMES = ["perf/reduce_time_s", "memory/peak_allocated_gib"]

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from lora_dist import packages
+from lora_dist import environment
 
 
 def git(folder, *words: str) -> str:
@@ -20,27 +20,27 @@ def checkout(tmp_path, monkeypatch):
     git(folder, "init", "-q")
     git(folder, "add", "file")
     git(folder, "commit", "-qm", "first")
-    monkeypatch.setattr(packages, "CODE", folder)
+    monkeypatch.setattr(environment, "CODE", folder)
     return folder
 
 
 def test_the_commit_and_whether_files_differ_from_it(checkout):
     commit = git(checkout, "rev-parse", "HEAD")
-    assert packages.git_commit() == commit
+    assert environment.git_commit() == commit
     (checkout / "untracked").write_text("")
-    assert packages.git_commit() == commit
+    assert environment.git_commit() == commit
     (checkout / "file").write_text("2")
-    assert packages.git_commit() == f"{commit}+changes"
+    assert environment.git_commit() == f"{commit}+changes"
 
 
 def test_a_copy_says_what_it_was_copied_from(checkout, monkeypatch):
     (checkout / "git_commit").write_text("abc+changes\n")
-    assert packages.git_commit() == "abc+changes"
+    assert environment.git_commit() == "abc+changes"
 
 
 def test_installed_inside_another_repository_it_has_none(checkout, monkeypatch, tmp_path):
     (checkout / "venv").mkdir()
-    monkeypatch.setattr(packages, "CODE", checkout / "venv")
-    assert packages.git_commit() is None
-    monkeypatch.setattr(packages, "CODE", tmp_path)
-    assert packages.git_commit() is None
+    monkeypatch.setattr(environment, "CODE", checkout / "venv")
+    assert environment.git_commit() is None
+    monkeypatch.setattr(environment, "CODE", tmp_path)
+    assert environment.git_commit() is None

@@ -8,11 +8,12 @@ import torch
 from families import make_checkpoint
 from transformers import OPTConfig
 
-from lora_dist.base_model import base_bytes, load_base, meta_model
-from lora_dist.config import TrainConfig, UserError
-from lora_dist.placement import choose_placement, expected_memory, layers_that_fit, peak_bytes
-from lora_dist.sharding import decoder_layers
-from lora_dist.strategies import STRATEGIES, Launch, Placement, read_launch
+from lora_dist.config import TrainConfig
+from lora_dist.errors import UserError
+from lora_dist.model.load import base_bytes, load_base, meta_model
+from lora_dist.model.placement import choose_placement, expected_memory, layers_that_fit, peak_bytes
+from lora_dist.parallel.fsdp import decoder_layers
+from lora_dist.parallel.strategies import STRATEGIES, Launch, Placement, read_launch
 
 DTYPE = torch.bfloat16
 

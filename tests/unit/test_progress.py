@@ -10,9 +10,9 @@ import termios
 import time
 from types import SimpleNamespace
 
-from lora_dist import progress
-from lora_dist.progress import ProgressLine
-from lora_dist.timing import Stopwatch
+from lora_dist.training import progress
+from lora_dist.training.progress import ProgressLine
+from lora_dist.training.timing import Stopwatch
 
 RESULT = SimpleNamespace(loss=1.23456, num_tokens=500)
 

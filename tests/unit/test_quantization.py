@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig, OPTForCausalLM
 
-from lora_dist.adapters import add_adapters, linear_names, parameter_counts
-from lora_dist.config import TrainConfig, UserError
-from lora_dist.freezing import pack_model
-from lora_dist.quantization import KIND_OF, FrozenLinear, as_integers, make_frozen_linear, packed_weights
+from lora_dist.config import TrainConfig
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import add_adapters, linear_names, parameter_counts
+from lora_dist.model.quantization import KIND_OF, FrozenLinear, as_integers, make_frozen_linear, packed_weights
+from lora_dist.model.quantize_model import pack_model
 
 OPT_6_7B = OPTConfig(
     hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32

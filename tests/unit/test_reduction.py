@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from lora_dist.reduction import TreeSum, block, flatten_gradients, tree_reduce
+from lora_dist.parallel.exact_sum import TreeSum, block, flatten_gradients, tree_reduce
 
 
 def reference(leaves: list[torch.Tensor]) -> torch.Tensor:

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from lora_dist.charts import MAX_DOTS, MAX_POINTS, Series, draw, thin, tick_text, ticks
-from lora_dist.config import UserError
-from lora_dist.report import RunData, duration, memory, share, size, time_spent, write_comparison, write_report
-from lora_dist.run_folder import STEP, RunFolder
+from lora_dist.errors import UserError
+from lora_dist.run.folder import STEP, RunFolder
+from lora_dist.tracking.charts import MAX_DOTS, MAX_POINTS, Series, draw, thin, tick_text, ticks
+from lora_dist.tracking.report import RunData, duration, memory, share, size, time_spent, write_comparison, write_report
 
 GIB = 2**30
 SUMMARY = {

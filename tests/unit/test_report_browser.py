@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from test_report import AGAIN, another, folder, page, step_line  # noqa: F401
 
-from lora_dist.report import write_comparison
+from lora_dist.tracking.report import write_comparison
 
 # The page lies in a frame as wide as a screen, as the browser's own window cannot be as narrow as a phone.
 WRAPPER = """<!doctype html><body><iframe id="frame" style="border: 0; width: %dpx; height: 900px" srcdoc="%s"></iframe>

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from lora_dist import run_folder
-from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, NothingToDo, TrainConfig, UserError
-from lora_dist.manifest import MANIFEST, write_manifest
-from lora_dist.resume import open_run
-from lora_dist.run_folder import STEP, RunFolder
+from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, TrainConfig
+from lora_dist.errors import NothingToDo, UserError
+from lora_dist.files import MANIFEST, write_manifest
+from lora_dist.run import folder as run_folder_module
+from lora_dist.run.folder import STEP, RunFolder
+from lora_dist.run.resume import open_run
 
 BEGUN = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16", "rows": "abc"}
 
@@ -19,7 +20,7 @@ BEGUN = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16",
 @pytest.fixture
 def begun(config, tmp_path, monkeypatch):
     """A config, and the folder of a run that was begun with it; this process takes no locks."""
-    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(run_folder_module.fcntl, "flock", lambda *_: None)
     config = dataclasses.replace(config, output_dir=str(tmp_path / "run"), save_steps=2)
     folder, _ = open_run(config, "opt_quotes", dict(BEGUN), 2)
     return config, folder
@@ -190,8 +191,8 @@ def test_a_restart_by_torchrun_needs_a_folder(config, monkeypatch):
 
 
 def test_the_lock_goes_with_its_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.3)
-    hold = "from pathlib import Path; from lora_dist.run_folder import STEP, RunFolder; import time\n"
+    monkeypatch.setattr(run_folder_module, "LOCK_PATIENCE_S", 0.3)
+    hold = "from pathlib import Path; from lora_dist.run.folder import STEP, RunFolder; import time\n"
     hold += f"RunFolder(Path({str(tmp_path)!r})).lock(); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_dist import evaluation
-from lora_dist.evaluation import complete_samples
-from lora_dist.tasks import IGNORE_INDEX, TASKS
+from lora_dist.data.tasks import IGNORE_INDEX, TASKS
+from lora_dist.training import evaluation
+from lora_dist.training.evaluation import complete_samples
 
 
 class Words:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_dist.scores import f1_scores
+from lora_dist.training.scores import f1_scores
 
 
 def test_f1_by_hand():

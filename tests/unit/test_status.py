@@ -7,10 +7,10 @@ import time
 import pytest
 import yaml
 
-from lora_dist import status
-from lora_dist.config import UserError
-from lora_dist.run_folder import RunFolder
-from lora_dist.status import comparison, read_status
+from lora_dist.cluster import status
+from lora_dist.cluster.status import comparison, read_status
+from lora_dist.errors import UserError
+from lora_dist.run.folder import RunFolder
 
 RUNNING = {
     "JobState": "RUNNING", "NodeList": "node[1-2]", "RunTime": "01:02:03", "TimeLimit": "04:00:00", "Restarts": "2",

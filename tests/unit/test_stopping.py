@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from lora_dist import preemption
-from lora_dist.train import SPIKE_MIN_LOSSES, is_spike
+from lora_dist import signals
+from lora_dist.training.loop import SPIKE_MIN_LOSSES, is_spike
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_second_signal_leaves_at_once(number):
-    code = "import time; from lora_dist import preemption; preemption.REPEAT_S = 0.2; preemption.install_handlers()\n"
+    code = "import time; from lora_dist import signals; signals.REPEAT_S = 0.2; signals.install_handlers()\n"
     code += "print('ready', flush=True)\nwhile True: time.sleep(0.01)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -31,10 +31,10 @@ def test_a_spike_stands_out_of_the_recent_losses():
 
 
 def test_the_signals_are_those_of_clusters():
-    assert set(preemption.SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    assert set(signals.SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def test_ctrl_c_of_a_command_is_no_traceback():
-    code = "from lora_dist.config import end_process\ndef work(): raise KeyboardInterrupt\nend_process(work)"
+    code = "from lora_dist.entry import end_process\ndef work(): raise KeyboardInterrupt\nend_process(work)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -8,9 +8,10 @@ import pytest
 from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lora_dist.config import TrainConfig, UserError
-from lora_dist.metrics import MetricsLog
-from lora_dist.run_folder import RunFolder
+from lora_dist.config import TrainConfig
+from lora_dist.errors import UserError
+from lora_dist.run.folder import RunFolder
+from lora_dist.tracking.metrics import MetricsLog
 
 
 @pytest.fixture

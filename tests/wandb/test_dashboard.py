@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from lora_dist.config import UserError
-from lora_dist.dashboard import apply, build, spec
-from lora_dist.metric_names import METRICS
-from lora_dist.run_folder import STEP
+from lora_dist.errors import UserError
+from lora_dist.run.folder import STEP
+from lora_dist.tracking.dashboard import apply, build, spec
+from lora_dist.tracking.metric_names import METRICS
 
 NAMES = {metric.name for metric in METRICS}
 OF_RANKS = {name.replace("{i}", str(rank)): name for name in NAMES for rank in (0, 11) if "{i}" in name}

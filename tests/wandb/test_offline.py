@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from ranks import fork_ranks, forked_ranks, wait_for_step
 
-from lora_dist.run_folder import STEP, RunFolder
+from lora_dist import signals
+from lora_dist.run.folder import STEP, RunFolder
 
 FLAGS = ("--max_steps", "24", "--warmup_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "2")
 FLAGS += ("--gradient_accumulation_steps", "2", "--eval_fraction", "0.02", "--dataset_test_split", "none")
@@ -97,13 +98,13 @@ def test_stopped_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
     flags = (*FLAGS, "--output_dir", str(folder.root))
 
     def stop_at_10(rank: int) -> None:
-        from lora_dist import preemption, step
+        from lora_dist.training import step
 
         original = step.read_micro_batch
 
         def read_micro_batch(run, at, turn):
             if at == 9:
-                preemption.ask_to_stop()
+                signals.ask_to_stop()
             return original(run, at, turn)
 
         step.read_micro_batch = read_micro_batch

@@ -11,7 +11,7 @@ import pytest
 from ranks import fork_ranks, forked_ranks, wait_for_step
 from test_offline import FLAGS, OFFLINE, history
 
-from lora_dist.run_folder import STEP, RunFolder
+from lora_dist.run.folder import STEP, RunFolder
 
 NO_EVAL = (*FLAGS, "--eval_fraction", "0", "--eval_steps", "0", "--num_eval_samples", "0")
 
@@ -23,7 +23,7 @@ def folder(tmp_path) -> RunFolder:
 
 def impatient(rank: int) -> None:
     """A patch: sends every second, and waits for three at the end."""
-    from lora_dist import wandb_run
+    from lora_dist.tracking import wandb_run
 
     wandb_run.SEND_EVERY_S, wandb_run.FINISH_S = 1, 3
 
@@ -164,7 +164,7 @@ def test_the_stop_button_stops_both_ranks_after_a_step(folder, fake_wandb):
 
 def test_a_loss_that_is_no_number_is_an_alert(folder, fake_wandb):
     def nan_at_step_3(rank: int) -> None:
-        from lora_dist import step
+        from lora_dist.training import step
 
         original, now = step.read_micro_batch, {}
 
@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_is_an_alert(folder, fake_wandb):
 
 def test_a_stalled_step_is_an_alert_and_a_failed_run(folder, fake_wandb):
     def stalls(rank: int) -> None:
-        from lora_dist import step
+        from lora_dist.training import step
 
         original = step.read_micro_batch
 
@@ -221,7 +221,7 @@ def test_offline_sends_nothing(folder, fake_wandb, mode):
 
 def test_a_client_that_cannot_start_costs_the_mirror_and_not_the_run(folder):
     def without(rank: int) -> None:
-        from lora_dist import wandb_run
+        from lora_dist.tracking import wandb_run
 
         def fails(*args, **kwargs):
             raise OSError("no such service")

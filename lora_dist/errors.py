@@ -1,0 +1,28 @@
+"""The errors that end a run with one line, and the helpers that raise them."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: one line that says why, and what was kept. Exit code 1."""
+
+
+class NothingToDo(Exception):
+    """What was asked for is there already: one line that says so. Exit code 0."""
+
+
+def require(condition, name: str, value, rule: str) -> None:
+    """Raise the one-line error for `--name value` unless the condition holds."""
+    if not condition:
+        raise UserError(f"--{name} {value}: {rule}")
+
+
+def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "") -> str:
+    """The hint for a mistyped name: the nearest valid one, or else what the caller says."""
+    guess = difflib.get_close_matches(word, valid, 1)
+    return f"did you mean {prefix}{guess[0]}?" if guess else otherwise

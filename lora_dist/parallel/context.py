@@ -1,0 +1,104 @@
+"""Rows too long for one GPU: a group of ranks shares each row, and each rank computes a piece of its positions.
+
+All of a decoder but attention works on each position alone. In attention, each rank has the queries of its piece and
+gathers keys and values from the group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2). Sums over positions
+are added in another order than on one rank: the bits depend on the size of the group, but not on the number of groups.
+
+B, H, T, D: sequences, heads, tokens, head size; P: positions of this rank's piece, T / size.
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lora_dist.config import TrainConfig
+from lora_dist.data.micro_batches import MicroBatch
+from lora_dist.data.packing import positions_in_documents
+from lora_dist.data.tasks import IGNORE_INDEX
+from lora_dist.errors import require
+
+NAME = "context_parallel"
+# Plain causal attention through transformers' attention interface, positions given from outside; each one tested.
+FAMILIES = {"gemma", "gpt2", "gpt_neox", "llama", "mixtral", "opt", "phi", "qwen2", "qwen3"}
+
+
+class GatherSequence(torch.autograd.Function):
+    """(B, H, P, D) of each rank of the group to (B, H, T, D); backward adds the ranks' gradients in their order."""
+
+    @staticmethod
+    def forward(ctx, piece_BHPD, group):
+        ctx.group = group
+        pieces = [torch.empty_like(piece_BHPD, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(pieces, piece_BHPD.contiguous(), group=group)
+        return torch.cat(pieces, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad_BHTD):
+        ours = torch.stack(grad_BHTD.chunk(ctx.group.size(), dim=2))
+        theirs = torch.empty_like(ours)
+        dist.all_to_all_single(theirs, ours, group=ctx.group)
+        return theirs.sum(0), None
+
+
+def _attention(group, module, query_BHPD, key_BHPD, value_BHPD, attention_mask, **kwargs):
+    """transformers' sdpa, over the whole row where the mask says that there is more of it than is here."""
+    if attention_mask is not None and attention_mask.shape[-1] > key_BHPD.shape[2]:
+        key_BHPD, value_BHPD = GatherSequence.apply(key_BHPD, group), GatherSequence.apply(value_BHPD, group)
+        kwargs["is_causal"] = False  # the mask says so already
+    return sdpa_attention_forward(module, query_BHPD, key_BHPD, value_BHPD, attention_mask, **kwargs)
+
+
+class ContextParallel:
+    """This rank's place in its group: consecutive ranks, so those of a node."""
+
+    def __init__(self, model: nn.Module, size: int):
+        num_ranks, rank = dist.get_world_size(), dist.get_rank()
+        self.size, self.piece = size, rank % size
+        self.num_groups, self.group_index = num_ranks // size, rank // size
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, num_ranks, size)]
+        AttentionInterface.register(NAME, partial(_attention, groups[self.group_index]))
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+    def summed_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the trained tokens of this rank's piece of the rows: (summed cross entropy in fp32, number right)."""
+        input_ids_BP, mask_B1PT, positions_BP, targets_BP = self.split(batch)
+        logits_BPV = model(
+            input_ids=input_ids_BP, attention_mask=mask_B1PT, position_ids=positions_BP, use_cache=False
+        ).logits
+        loss = F.cross_entropy(
+            logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return loss, (logits_BPV.max(-1).indices == targets_BP).sum()
+
+    def split(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, mask (True: attend), positions and next tokens of this rank's piece of the padded rows."""
+        pad = -batch.input_ids_BT.shape[1] % self.size
+        ids_BT, documents_BT = (F.pad(t, (0, pad)) for t in (batch.input_ids_BT, batch.attention_mask_BT))
+        targets_BT = F.pad(batch.labels_BL[:, 1:], (0, pad + 1), value=IGNORE_INDEX)
+        length = ids_BT.shape[1] // self.size
+        piece = slice(self.piece * length, (self.piece + 1) * length)
+        index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        seen_BPT = (index_T[piece, None] >= index_T[None])[None]  # hides the padding too, which is on the right
+        positions_BT = index_T.expand(len(ids_BT), -1)
+        if batch.packed:
+            seen_BPT = seen_BPT & (documents_BT[:, piece, None] == documents_BT[:, None])
+            positions_BT = positions_in_documents(documents_BT)
+        return ids_BT[:, piece], seen_BPT[:, None], positions_BT[:, piece], targets_BT[:, piece]
+
+
+def check_context_parallel(model: nn.Module, config: TrainConfig, num_ranks: int) -> None:
+    """Raises UserError where `--context_parallel_size` ranks cannot share this model's rows."""
+    name, size, model_type = "context_parallel_size", config.context_parallel_size, model.config.model_type
+    require(config.task_type == "CAUSAL_LM", name, size, f"cannot be had with --task_type {config.task_type}")
+    require(num_ranks % size == 0, name, size, f"must divide the {num_ranks} ranks")
+    families = ", ".join(sorted(FAMILIES))
+    require(model_type in FAMILIES, name, size, f"cannot be had for a {model_type}; it can for {families}")
+    sliding = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
+    require(not sliding, name, size, "cannot be had with a sliding window, as this model has")

@@ -1,0 +1,182 @@
+"""DeepSpeed under the same loop: ZeRO-3 holds the frozen base, ZeRO-2 shards the adapters' optimizer.
+
+DeepSpeed never sees a micro-batch's gradient: those are summed along our tree as under every strategy, so the training
+is the same, bit for bit. Under ZeRO-3 DeepSpeed partitions the base, gathers each module's weights for its forward and
+backward, and offloads them; the adapters are added afterwards and are no business of DeepSpeed's. Under ZeRO-2 it is
+handed the reduced gradient once a step.
+"""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lora_dist.errors import UserError
+from lora_dist.parallel.fsdp import decoder_layers
+
+
+def modules_with_matrices(model: nn.Module) -> list[nn.Module]:
+    """What DeepSpeed is given: modules that hold a matrix, with their vectors. Norms stay whole on every rank.
+
+    Not the whole model: DeepSpeed puts identity functions around each module that it knows. Around a norm, which uses
+    its input more than once, they would group the sum of its gradient in another way.
+    """
+    return [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+
+
+def split_rows(model: nn.Module, device: torch.device) -> None:
+    """Mark what DeepSpeed will get of a model on meta as split by rows over all ranks: the loader reads only those."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    split = {}
+    for module in modules_with_matrices(model):
+        for name, param in module.named_parameters(recurse=False):
+            if param not in split:
+                rows = -(-param.shape[0] // mesh.size())  # torch.chunk's rule, which the loader follows
+                own = param.data[rows * mesh.get_rank() : rows * (mesh.get_rank() + 1)]
+                whole = DTensor.from_local(own, mesh, [Shard(0)], shape=param.shape, stride=param.stride())
+                split[param] = nn.Parameter(whole, requires_grad=False)
+            setattr(module, name, split[param])  # a tied one stays tied
+
+
+def partition_base(model: nn.Module, settings: dict, device: torch.device) -> None:
+    """Hand a base that is split by rows over to ZeRO-3, one parameter at a time: none is whole for longer than that."""
+    deepspeed = _import_deepspeed(device)
+    config = engine_config(settings, model)
+    modules, partitioned, first = modules_with_matrices(model), {}, None
+    for module in modules:
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param not in partitioned:
+                rows = DTensor.from_local(  # from the host's memory where the base is offloaded
+                    param.to_local().to(device), param.device_mesh, param.placements,
+                    shape=param.shape, stride=param.stride(),
+                )  # fmt: skip
+                whole = nn.Parameter(rows.full_tensor(), requires_grad=False)
+                if first is None:
+                    first = whole
+                    deepspeed.zero.Init(module=nn.ParameterList([whole]), config_dict_or_path=config)
+                else:
+                    first.convert_to_zero_parameters([whole])
+                partitioned[param] = whole
+            setattr(module, name, partitioned[param])
+    engine = deepspeed.initialize(model=nn.ModuleList(modules), config=config, dist_init_required=False)[0]
+    model.register_forward_pre_hook(lambda *_: engine.optimizer.get_param_coordinator().reset_step())
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    return any(hasattr(param, "ds_tensor") for param in model.parameters())
+
+
+def engine_config(settings: dict, base: nn.Module | None = None) -> dict:
+    """What DeepSpeed is given: one micro-batch a step, as the accumulation, clipping and precision are the loop's."""
+    zero = copy.deepcopy(settings["zero_optimization"])
+    if zero["stage"] == 3:
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(base))
+        # DeepSpeed's own values are absolute numbers that keep a small base, or one of 8 bits, whole on every rank.
+        filled = {
+            "stage3_param_persistence_threshold": max(p.numel() for p in base.parameters() if p.dim() == 1),
+            "stage3_max_live_parameters": 2 * layer,
+            "stage3_max_reuse_distance": layer,  # backward takes what the recomputation has just gathered
+            "stage3_prefetch_bucket_size": layer,
+        }
+        zero |= {key: value for key, value in filled.items() if zero.get(key, "auto") == "auto"}
+        zero.setdefault("memory_efficient_linear", False)  # it would replace torch.nn.functional.linear
+    keep = {key: value for key, value in settings.items() if key == "comms_logger"}
+    return keep | {
+        "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its own default is 1
+        "zero_allow_untested_optimizer": True, "steps_per_print": 2**31,
+    }  # fmt: skip
+
+
+def check_zero(settings: dict, skeleton: nn.Module) -> None:
+    """Raises UserError where DeepSpeed itself would not take its part of the config. `skeleton`: the model on meta."""
+    _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**engine_config(settings, skeleton)["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"DeepSpeed config zero_optimization.{key} {first['input']}: {first['msg'].lower()}; DeepSpeed's "
+            "documentation of ZeRO lists the keys"
+        ) from None
+
+
+def shard_optimizer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict):
+    """A ZeRO-2 engine whose `step` updates `params`; each rank keeps 1/N of the optimizer's state."""
+    deepspeed = _import_deepspeed(params[0].device)
+    config = engine_config(settings)
+    adapters = nn.ParameterList(params)  # the base is not DeepSpeed's to move or cast
+    return deepspeed.initialize(model=adapters, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def step_with(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
+    """One optimizer step with `grad`, flat and the same on all ranks, as it is.
+
+    DeepSpeed averages over the ranks what backward brings: rank 0 brings N times the gradient and the others zeros, so
+    the average is exact where N is a power of two, and else within one rounding.
+    """
+    grad = grad * (dist.get_world_size() if dist.get_rank() == 0 else 0)
+    parts = grad.split([p.numel() for p in params])
+    engine.backward(sum((p * part.view_as(p)).sum() for p, part in zip(params, parts, strict=True)))
+    engine.step()
+
+
+def zero2_state(engine, params: list[nn.Parameter]) -> list[dict[str, torch.Tensor]]:
+    """AdamW's whole state of each parameter, put together from the ranks; empty before the first step. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    partitions = engine.optimizer.single_partition_of_fp32_groups
+    states = [engine.optimizer.optimizer.state.get(partition) for partition in partitions]
+    if not all(states):
+        return []
+    step = states[0]["step"]
+    return [
+        {"step": step} | {key: safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")}
+        for param in params
+    ]
+
+
+def load_zero2_state(engine, params: list[nn.Parameter], states: list[dict[str, torch.Tensor]]) -> None:
+    """Hand DeepSpeed the parameters as they are now, and its part of what `zero2_state` returned."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if all(states):
+        for partition in engine.optimizer.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(partition) for key in ("exp_avg", "exp_avg_sq")}
+            engine.optimizer.optimizer.state[partition] = {"step": states[0]["step"].clone(), **moments}
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for param, state in zip(params, states, strict=True):
+        safe_set_full_fp32_param(param, param.data)
+        for key in ("exp_avg", "exp_avg_sq") if state else ():
+            safe_set_full_optimizer_state(param, state[key], key)
+
+
+def partitioned_bytes(param: nn.Parameter) -> int | None:
+    """Bytes that this rank keeps of a parameter between uses; None where DeepSpeed has not partitioned it."""
+    if not hasattr(param, "ds_tensor"):
+        return None
+    return param.ds_tensor.nbytes + (param.ds_numel * param.ds_tensor.itemsize if param.ds_persist else 0)
+
+
+def whole_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, which DeepSpeed leaves empty between uses."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def _import_deepspeed(device: torch.device):
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # seconds, and only where it is used
+
+    if device.type == "cpu":
+        # Its own all-reduce is compiled at the first start, needs a compiler, and is not used here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,264 @@
+"""All of a training's state, whole and tied to no number of ranks: taken in a moment, written beside the training.
+
+    step-00000100/adapter/                 PEFT's format, with the tokenizer
+    step-00000100/optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME and step.NAME of each trained parameter, fp32
+    step-00000100/training_state.json      counts, the loss scaler, settings, versions
+    step-00000100/manifest.json            sizes and sha256 of the others, written last
+
+There is no random state to save: whatever is drawn is drawn from the seed, the step and the micro-batch.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.backends.cpu import get_cpu_capability as cpu_capability
+
+from lora_dist.environment import versions
+from lora_dist.errors import RunFailed
+from lora_dist.files import sync_files, write_manifest, write_whole
+from lora_dist.model.adapters import check_identical, save_adapter, trainable_parameters
+from lora_dist.parallel.exact_sum import any_rank
+from lora_dist.parallel.zero import load_zero2_state, zero2_state
+from lora_dist.training.step import Training
+
+OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+RECENT_LOSSES = 50  # that a loss is compared with
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: saved with each checkpoint, and what its summary is made of."""
+
+    step: int = 0  # optimizer steps completed
+    tokens_seen: int = 0  # without padding
+    trained_tokens_seen: int = 0
+    train_time_s: float = 0.0
+    loss_first: float | None = None
+    eval_loss_base: float | None = None  # at step 0
+    eval_loss: float | None = None  # of eval_step
+    eval_step: int | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    loss_spikes: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies in host memory, so that training can go on while they are written."""
+
+    params: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict
+
+    @property
+    def step(self) -> int:
+        return self.state["progress"]["step"]
+
+
+def numerics(run: Training) -> dict[str, str]:
+    """What the bits of a step depend on, beside the settings."""
+    on_gpu = run.accelerator.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "bitsandbytes": versions()["bitsandbytes"],
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {cpu_capability()}",
+        "threads": "any" if on_gpu else str(torch.get_num_threads()),
+        "attention": str(run.model.config._attn_implementation),
+    }  # fmt: skip
+
+
+def take_snapshot(run: Training, progress: Progress) -> Snapshot | None:
+    """None but on rank 0. Raises RuntimeError where ranks hold different adapters. Collective."""
+    digest = check_identical(run.model, run.accelerator.device)
+    states = optimizer_states(run)
+    if not run.accelerator.is_main_process:
+        return None
+    scaler = run.accelerator.scaler
+    return Snapshot(
+        params={name: _on_host(param) for name, param in trainable_parameters(run.model).items()},
+        optimizer={f"{key}.{name}": _on_host(t) for name, s in states.items() for key, t in s.items()},
+        state={
+            "progress": dataclasses.asdict(progress),
+            "adapter_sha256": digest,
+            "loss_scaler": scaler.state_dict() if scaler else None,
+            "begun": dict(run.folder.begun),
+            "wandb_run_id": run.folder.wandb_run_id,
+            "config": dataclasses.asdict(run.config),
+            "world_size": run.accelerator.num_processes,
+            "numerics": numerics(run),
+            "versions": versions(),
+        },
+    )
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def optimizer_states(run: Training) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameter name to AdamW's state of it; empty before the first step. Collective under ZeRO-2."""
+    names = list(trainable_parameters(run.model))
+    if run.zero2:
+        return dict(zip(names, zero2_state(run.zero2, run.params), strict=False))
+    states = {name: run.optimizer.state.get(param) for name, param in zip(names, run.params, strict=True)}
+    return {name: state for name, state in states.items() if state}
+
+
+def write_checkpoint(run: Training, snapshot: Snapshot, folder: Path) -> None:
+    """Write, read back, and only then give it its name. Rank 0 only.
+
+    Raises OSError where it could not be written; then nothing of that name, and nothing half-written, is left.
+    """
+    partial = run.folder.partial(folder)
+    try:
+        save_adapter(run.model, run.tokenizer, partial / "adapter", snapshot.params)
+        save_file(snapshot.optimizer, partial / "optimizer.safetensors")
+        write_whole(partial / "training_state.json", json.dumps(snapshot.state, indent=2) + "\n")
+        saved = load_file(partial / "adapter" / "adapter_model.safetensors")
+        expected = get_peft_model_state_dict(run.model, snapshot.params, save_embedding_layers=False)
+        if saved.keys() != expected.keys() or not all(torch.equal(saved[name], expected[name]) for name in saved):
+            raise OSError(f"{partial}: the adapter reads back as another")
+        sync_files(partial)
+        write_manifest(partial)
+        run.folder.put_in_place(partial, folder)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder}: {error}") from None
+
+
+def restore(run: Training) -> Progress:
+    """Put the checkpoint that the run goes on from into the model, the optimizer, the schedule and the loss scaler.
+
+    Rank 0 reads it and sends it to the others. Raises RuntimeError unless every rank ends up with the very adapter
+    that was saved. Collective.
+    """
+    state, optimizer = None, {}
+    if run.accelerator.is_main_process:
+        folder = run.folder.resume_from
+        state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        set_peft_model_state_dict(run.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        optimizer = load_file(folder / "optimizer.safetensors")
+        _warn_of_other_numerics(state["numerics"], numerics(run))
+    state, has_optimizer = broadcast_object_list([state, bool(optimizer)])
+    states = []
+    for name, param in trainable_parameters(run.model).items():
+        _broadcast(param.data)
+        states.append({})
+        for key in OPTIMIZER_KEYS if has_optimizer else ():
+            value = torch.empty((), device=param.device) if key == "step" else torch.empty_like(param)
+            if optimizer:
+                value.copy_(optimizer[f"{key}.{name}"])
+            _broadcast(value)
+            states[-1][key] = value.cpu() if key == "step" else value  # where AdamW keeps them
+    if check_identical(run.model, run.accelerator.device) != state["adapter_sha256"]:
+        raise RuntimeError(f"{run.folder.resume_from}: the adapter loads as another than was saved")
+    if run.zero2:
+        load_zero2_state(run.zero2, run.params, states)
+    elif has_optimizer:
+        run.optimizer.state.update(zip(run.params, states, strict=True))
+    if state["loss_scaler"] and run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state["loss_scaler"])
+    progress = Progress(**state["progress"])
+    set_schedule(run, progress.step)
+    return progress
+
+
+def set_schedule(run: Training, step: int) -> None:
+    """The learning rates of `step`: a function of it and of the settings, so nothing of it is saved."""
+    scheduler = run.scheduler
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = [base * of(step) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, lr in zip(run.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
+
+
+def _warn_of_other_numerics(then: dict, now: dict) -> None:
+    changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+    if changed:
+        print(f"warning: the run goes on with {'; '.join(changed)}: the bits may differ from here on", file=sys.stderr)
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+
+
+class Saver:
+    """Saves checkpoints in a thread of rank 0; the training waits for the copy, and for the save before."""
+
+    def __init__(self, run: Training):
+        self.run = run
+        self.failed = 0  # saves in a row
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        self._waited_s = 0.0  # training, for the save that is being written
+        self._ended: list[dict[str, float]] = []
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save. Raises RunFailed after too many saves in a row that failed. Collective."""
+        started = time.perf_counter()
+        self._settle(most_failures=self.run.config.max_failed_saves - 1)
+        snapshot = take_snapshot(self.run, progress)
+        if snapshot:
+            self._writing = self._thread.submit(self._write, snapshot)
+        self._waited_s = time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait until what was begun is written. Raises RunFailed where it could not be. Collective."""
+        self._settle(most_failures=0)
+
+    def _settle(self, most_failures: int) -> None:
+        if self._writing:
+            self._writing.exception()
+            self._collect()
+        if any_rank(self.failed > most_failures, self.run.accelerator.device):  # known to rank 0 alone
+            raise RunFailed(
+                f"checkpoints could not be written to {self.run.folder.checkpoints}, the last {self.failed or 'ones'}; "
+                "those before are kept: make room, and start again with the same --output_dir"
+            )
+
+    def results(self) -> list[dict[str, float]]:
+        """Metrics of the saves that have ended since the last call."""
+        if self._writing and self._writing.done():
+            self._collect()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _collect(self) -> None:
+        writing, self._writing = self._writing, None
+        error = writing.exception()
+        if error and not isinstance(error, OSError):
+            raise error
+        self.failed = self.failed + 1 if error else 0
+        if error:
+            left = self.run.config.max_failed_saves - self.failed
+            what = f"warning: could not save ({error}); training goes on; {left} more in a row and it ends"
+            print(what, file=sys.stderr, flush=True)
+            self._ended.append({"checkpoint/failed_saves": self.failed})
+        else:
+            seconds = {"checkpoint/save_time_s": self._waited_s, "checkpoint/write_time_s": writing.result()}
+            self._ended.append(seconds)
+
+    def _write(self, snapshot: Snapshot) -> float:
+        started = time.perf_counter()
+        folder = self.run.folder.checkpoint(snapshot.step)
+        write_checkpoint(self.run, snapshot, folder)
+        self.run.folder.prune_checkpoints(self.run.config.save_total_limit, snapshot.state["progress"]["best_step"])
+        self.run.folder.write_state("running", snapshot.step)
+        return time.perf_counter() - started
