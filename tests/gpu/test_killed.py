@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from ranks import start_rank
 
 from lora_dist.run.folder import RunFolder
+from tests.helpers.ranks import start_rank
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from families import make_checkpoint
-from parity import load_unsharded, loss_and_gradients, randomize
 
 from lora_dist.model.adapters import add_adapters
 from lora_dist.model.load import load_base
 from lora_dist.model.quantization import KIND_OF
 from lora_dist.parallel.strategies import Placement
+from tests.helpers.families import make_checkpoint
+from tests.helpers.parity import load_unsharded, loss_and_gradients, randomize
 
 pytestmark = [
     pytest.mark.gpu,

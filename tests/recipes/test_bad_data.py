@@ -4,10 +4,10 @@ import json
 
 import datasets
 import pytest
-from ranks import assert_refused, fork_ranks, launch
 from transformers import AutoTokenizer
 
 from lora_dist.embedded import BASE_DIR
+from tests.helpers.ranks import assert_refused, fork_ranks, launch
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 

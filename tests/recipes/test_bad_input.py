@@ -4,9 +4,9 @@ import shutil
 import time
 
 import pytest
-from ranks import ROOT, assert_refused, fork_ranks, launch, start_rank
 
 from lora_dist.embedded import BASE_DIR, QUOTES_DIR
+from tests.helpers.ranks import ROOT, assert_refused, fork_ranks, launch, start_rank
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

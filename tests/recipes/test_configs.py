@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from ranks import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from lora_dist.config import TrainConfig, parse_config
@@ -12,6 +11,7 @@ from lora_dist.data.packing import check_packing
 from lora_dist.model.adapters import check_targets
 from lora_dist.model.placement import peak_bytes
 from lora_dist.model.quantize_model import keep_norms_in_fp32, pack_model
+from tests.helpers.ranks import ROOT
 
 FILES = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 LARGE = dict(num_key_value_heads=8, max_position_embeddings=131072, vocab_size=128256)

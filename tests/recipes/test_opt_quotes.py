@@ -8,9 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from parity import batch_of, load_sharded
 from peft import AutoPeftModelForCausalLM, PeftModel
-from ranks import fork_ranks, launch, launch_recipe, start_rank
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +17,8 @@ from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import RunFailed
 from lora_dist.files import is_complete
 from lora_dist.run.folder import RunFolder
+from tests.helpers.parity import batch_of, load_sharded
+from tests.helpers.ranks import fork_ranks, launch, launch_recipe, start_rank
 
 STEPS = 6
 # Unquantized and in fp32, so that a plain transformers base is the very same function.
@@ -106,7 +106,7 @@ def test_wandb_has_one_offline_run_with_every_step(int8_run):
     assert any("exit" in r for r in records)
 
 
-@pytest.mark.slow  # tests/distributed/test_faults.py has a fast one
+@pytest.mark.slow  # tests/run/test_faults.py has a fast one
 @pytest.mark.parametrize("signalled_rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_after_a_step(signalled_rank, tmp_path):
     folder = RunFolder(tmp_path / "run")

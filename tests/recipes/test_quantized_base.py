@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import launch, launch_recipe
+
+from tests.helpers.ranks import launch, launch_recipe
 
 FLAGS = (
     "--quantization",

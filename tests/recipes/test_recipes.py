@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from ranks import fork_ranks, launch, launch_recipe
 from transformers import AutoTokenizer
+
+from tests.helpers.ranks import fork_ranks, launch, launch_recipe
 
 # recipe: (flags, what it prints, metrics of its own)
 RECIPES = {

@@ -4,13 +4,13 @@ import json
 import subprocess
 
 import pytest
-from ranks import BIN, ROOT, launch, launch_recipe, start_rank
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import prepare_rows
 from lora_dist.parallel.strategies import STRATEGIES
+from tests.helpers.ranks import BIN, ROOT, launch, launch_recipe, start_rank
 
 STEPS = 4
 FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "1", "--max_length", "64", "--report_to", "none")
@@ -46,7 +46,7 @@ def single(tmp_path_factory):
     return trained(folder)
 
 
-# Their placement is among those of tests/distributed/test_same_bytes.py, which is fast.
+# Their placement is among those of tests/training/test_same_bytes.py, which is fast.
 SLOW = ("ddp", "hsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload", "pipeline")
 
 

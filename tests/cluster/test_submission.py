@@ -1,0 +1,143 @@
+"""What `lora-dist submit` puts into the job's folder: copies, and accelerate's own reading of its config."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_dist import environment
+from lora_dist.cluster.slurm import SlurmOptions
+from lora_dist.cluster.submission import OF_LAUNCHERS, job_of, read_submission, write_job
+from lora_dist.errors import UserError
+from tests.helpers.ranks import BIN, ROOT
+
+TWO_RANKS = SlurmOptions(ranks_per_node=2)
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def read(
+    tmp_path, *flags, config_file="accelerate_configs/fsdp.yaml", options=TWO_RANKS, recipe="recipes/opt_quotes.py"
+):
+    return read_submission(recipe, [*flags, "--output_dir", str(tmp_path / "run")], config_file, options)
+
+
+OTHERS = ("single", "ddp", "fsdp_offload", "hsdp", "zero3", "pipeline")
+
+
+@pytest.mark.parametrize("name", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_the_environment_is_what_accelerate_launch_makes(tmp_path, name):
+    num_ranks = 1 if name == "single" else 2
+    flags = ["--deepspeed_multinode_launcher", "standard"] if name == "zero3" else []
+    script = tmp_path / "environment.py"
+    write = f"import json, os; open(f'{tmp_path}/{{os.getpid()}}.json', 'w').write(json.dumps(dict(os.environ)))"
+    script.write_text(write)  # not printed: ranks' lines may run together
+    config_file = f"accelerate_configs/{name}.yaml"
+    command = [f"{BIN}/accelerate", "launch", "--config_file", config_file, "--num_processes", str(num_ranks), *flags]
+    subprocess.run([*command, str(script)], capture_output=True, check=True)
+    launched = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(launched) == num_ranks
+    expected = {key: value for key, value in launched[0].items() if key.startswith(OF_LAUNCHERS)}
+    assert "ACCELERATE_MIXED_PRECISION" in expected
+    found = read(tmp_path, config_file=config_file, options=SlurmOptions(ranks_per_node=num_ranks)).env()
+    assert found == expected
+
+
+def test_a_pipeline_is_as_long_as_there_are_ranks(tmp_path):
+    options = SlurmOptions(nodes=2, gpus_per_node=8)
+    env = read(tmp_path, config_file="accelerate_configs/pipeline.yaml", options=options).env()
+    assert (env["ACCELERATE_USE_MEGATRON_LM"], env["MEGATRON_LM_PP_DEGREE"]) == ("true", "16")
+
+
+def test_the_job_holds_copies_of_all_that_the_checkout_could_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb_secret")
+    recipe, template = tmp_path / "mine.py", tmp_path / "chat.jinja"
+    recipe.write_text((ROOT / "recipes/opt_quotes.py").read_text())
+    (tmp_path / "helper.py").write_text("# beside it\n")
+    template.write_text("{{ messages }}")
+    submission = read(
+        tmp_path, "--lora_r", "4", "--chat_template", str(template), recipe=str(recipe),
+        config_file="accelerate_configs/zero3.yaml",
+    )  # fmt: skip
+    script = write_job(submission, "lora-dist submit", offline=True)
+    job = tmp_path / "run/job"
+    assert script == job / "job.sbatch" and not (tmp_path / "run/job.partial").exists()
+    assert (job / "code/recipes/mine.py").read_text() == recipe.read_text()
+    assert (job / "code/recipes/helper.py").read_text() == "# beside it\n"
+    assert (job / "code/git_commit").read_text() == (environment.git_commit() or "")
+    here = {p.relative_to(ROOT) for p in (ROOT / "lora_dist").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {p.relative_to(job / "code") for p in (job / "code/lora_dist").rglob("*") if p.is_file()} == here
+
+    settings = yaml.safe_load((job / "config.yaml").read_text())
+    assert (settings["lora_r"], settings["output_dir"]) == (4, str(tmp_path / "run"))
+    assert settings["model_name_or_path"] == "embedded"  # no GPU was asked for
+    assert settings["chat_template"] == str(job / "chat.jinja") and (job / "chat.jinja").read_text() == "{{ messages }}"
+    assert (job / "deepspeed.json").read_text() == (ROOT / "launch/deepspeed/zero3.json").read_text()
+    assert f"deepspeed_config_file: {job}/deepspeed.json" in (job / "accelerate.yaml").read_text()
+    sourced = subprocess.run(
+        ["bash", "-c", f". {job}/accelerate.env; echo $ACCELERATE_USE_DEEPSPEED $ACCELERATE_DEEPSPEED_CONFIG_FILE"],
+        capture_output=True, text=True, env={},
+    )  # fmt: skip
+    assert sourced.stdout == f"true {job}/deepspeed.json\n"
+
+    everything = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert b"_secret" not in everything
+
+
+def test_with_gpus_it_is_the_recipes_base_and_data_of_a_gpu(tmp_path):
+    config = read(tmp_path, "--lora_r", "4", options=SlurmOptions(gpus_per_node=8)).config
+    assert (config.model_name_or_path, config.dataset_name) == ("facebook/opt-6.7b", "Abirate/english_quotes")
+    named = read(tmp_path, "--model_name_or_path", "embedded", options=SlurmOptions(gpus_per_node=8)).config
+    assert (named.model_name_or_path, named.dataset_name) == ("embedded", "Abirate/english_quotes")
+
+
+@pytest.mark.parametrize(
+    ("flags", "offline", "expected"),
+    [([], True, True), ([], False, False), (["--push_to_hub", "true", "--hub_model_id", "team/a"], True, False)],
+)
+def test_ranks_ask_the_hub_only_where_they_must(tmp_path, flags, offline, expected):
+    lines = job_of(read(tmp_path, *flags), "lora-dist submit", offline=offline).lines
+    assert any("HF_HUB_OFFLINE" in line for line in lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (SlurmOptions(gpus_per_node=1), "single"),
+        (SlurmOptions(gpus_per_node=8), "fsdp"),
+        (SlurmOptions(nodes=2, gpus_per_node=1), "fsdp"),
+        (SlurmOptions(nodes=2, gpus_per_node=8), "hsdp"),
+    ],
+)
+def test_the_config_by_default(tmp_path, options, expected):
+    assert read(tmp_path, config_file=None, options=options).config_file == Path(f"accelerate_configs/{expected}.yaml")
+
+
+def test_a_config_that_accelerate_cannot_read_is_one_line(tmp_path):
+    (tmp_path / "odd.yaml").write_text("distributed_type: FSDP\nno_such_key: 1\n")
+    with pytest.raises(UserError, match=r"^--config_file .*odd.yaml: ") as error:
+        read(tmp_path, config_file=str(tmp_path / "odd.yaml")).env()
+    assert "\n" not in str(error.value) and "no_such_key" in str(error.value)
+
+
+def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match="broken.py: ModuleNotFoundError: No module named 'no_such_module'"):
+        read(tmp_path, recipe=str(tmp_path / "broken.py"))
+
+
+def test_prepare_downloads_tokenizes_checks_and_leaves(tmp_path):
+    words = "--nodes 2 --ranks-per-node 2 recipes/sft.py --max_steps 4 --output_dir".split()
+    command = [sys.executable, "-m", "lora_dist.cli", "prepare", *words, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("prepared: embedded (4.24 MiB), embedded\n")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,207 @@
+"""A run that was killed and went on, on any number of ranks, is the run that never was: every loss, every byte."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from lora_dist.run.folder import RunFolder
+from tests.helpers.ranks import fork_ranks
+
+STEPS = 12
+# 4 micro-batches a step, of 2 rows: so 1 to 4 ranks share them. Dropout is on, as the recipe has it.
+FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "2", "--learning_rate", "3e-3", "--max_length", "64")
+FLAGS += ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_fraction", "0.01")
+FLAGS += ("--save_steps", "2", "--eval_steps", "5", "--report_to", "none", "--sample_prompt", "")
+
+
+def killed_after(step: int):
+    """A patch: SIGKILL to this rank after a step, when what was to be saved is saved."""
+
+    def patch(rank: int) -> None:
+        import lora_dist.training.loop as train
+
+        savers, take_step = [], train.train_step
+
+        class Saver(train.Saver):
+            def __init__(self, run):
+                super().__init__(run)
+                savers.append(self)
+
+        def train_step(run, done):
+            if done == step:
+                savers[0].finish()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(run, done)
+
+        train.Saver, train.train_step = Saver, train_step
+
+    return patch
+
+
+def start(folder: RunFolder, *flags: str, kill_after: int | None = None, **kwargs) -> list[tuple[int, str, str]]:
+    """One life of a run: killed on all ranks after a step, or until its end."""
+    patch = killed_after(kill_after) if kill_after else None
+    ended = fork_ranks(*FLAGS, *flags, "--output_dir", str(folder.root), patch=patch, timeout_s=90, **kwargs)
+    expected = -signal.SIGKILL if kill_after else 0
+    assert [code for code, _, _ in ended] == [expected] * len(ended), ended[0][1:]
+    return ended
+
+
+def trajectory(folder: RunFolder) -> list[tuple]:
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    keys = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_seen", "eval/loss")
+    return [(m["train/global_step"], *(m.get(key) for key in keys)) for m in lines if "checkpoint/save_time_s" not in m]
+
+
+def adapter(folder: RunFolder) -> bytes:
+    return (folder.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def summary(folder: RunFolder) -> dict:
+    return folder.read_state()["summary"]
+
+
+KINDS = {
+    "bf16, packed": ("--packing", "true", "--max_length", "128"),
+    "fp32, streamed, cosine, LoRA+": (
+        "--streaming", "true", "--lr_scheduler_type", "cosine", "--loraplus_lr_ratio", "4"),
+    "bf16, classifier, biases, DoRA": (
+        "--lora_bias", "all", "--use_dora", "true", "--lr_scheduler_type", "constant", "--num_labels", "8",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=[] if "packed" in kind else pytest.mark.slow) for kind in KINDS]
+)
+def undisturbed(request, tmp_path_factory):
+    """(flags, how it is started, folder) of a run on 2 ranks that nothing happened to."""
+    how = {"env": {"ACCELERATE_MIXED_PRECISION": "bf16"} if "bf16" in request.param else {}}
+    how["recipe"] = "quotes_tags" if "classifier" in request.param else "opt_quotes"
+    folder = RunFolder(tmp_path_factory.mktemp("undisturbed") / "run")
+    start(folder, *KINDS[request.param], strategy="fsdp", **how)
+    return KINDS[request.param], how, folder
+
+
+def test_on_two_one_four_two_ranks_and_every_strategy(undisturbed, tmp_path):
+    flags, how, whole = undisturbed
+    folder = RunFolder(tmp_path / "run")
+    start(folder, *flags, kill_after=3, num_ranks=2, strategy="fsdp", **how)
+    one = start(folder, *flags, kill_after=6, num_ranks=1, **how)
+    four = start(folder, *flags, "--shard_size", "2", kill_after=9, num_ranks=4, strategy="hsdp", **how)
+    two = start(folder, *flags, num_ranks=2, strategy="ddp", **how)
+    for ended, step, ranks in ((one, 2, 1), (four, 6, 4), (two, 8, 2)):
+        assert f"going on from {folder.checkpoint(step)}" in ended[0][1]
+        assert f"shared by {ranks} rank(s) = 8 sequences a step" in ended[0][1]
+        assert not ended[0][2]  # no warning
+    assert adapter(folder) == adapter(whole)
+    assert trajectory(folder) == trajectory(whole)
+    assert [line[0] for line in trajectory(folder) if line[1]] == list(range(1, STEPS + 1))  # each step once
+    then, now = summary(whole), summary(folder)
+    for name in ("loss_first", "loss_last", "eval_loss_base", "eval_loss", "tokens_seen", "best_step", "steps"):
+        assert now[name] == then[name], name
+    assert (then["restarts"], now["restarts"], now["world_size"]) == (0, 3, 2)
+
+
+@pytest.mark.slow
+def test_three_ranks_share_four_micro_batches(undisturbed, tmp_path):
+    flags, how, whole = undisturbed
+    folder = RunFolder(tmp_path / "run")
+    start(folder, *flags, kill_after=7, num_ranks=2, **how)
+    start(folder, *flags, num_ranks=3, strategy="fsdp", **how)
+    assert (adapter(folder), trajectory(folder)) == (adapter(whole), trajectory(whole))
+
+
+def test_killed_after_every_step(undisturbed, tmp_path):
+    flags, how, whole = undisturbed
+    flags += ("--save_steps", "1", "--gradient_accumulation_steps", "4")  # one rank: the same 4 micro-batches
+    folder = RunFolder(tmp_path / "run")
+    for step in range(1, STEPS):
+        start(folder, *flags, kill_after=step, num_ranks=1, **how)
+    start(folder, *flags, num_ranks=1, **how)
+    assert (adapter(folder), trajectory(folder)) == (adapter(whole), trajectory(whole))
+    assert summary(folder)["restarts"] == STEPS - 1
+
+
+@pytest.mark.slow
+def test_into_and_out_of_deepspeed(undisturbed, tmp_path):
+    """On 2 ranks DeepSpeed rounds no differently, so that even here every byte is the same."""
+    flags, how, whole = undisturbed
+    if how["recipe"] == "quotes_tags":
+        pytest.skip("classifiers are refused under ZeRO-3")
+    folder = RunFolder(tmp_path / "run")
+    engines = {}
+    for stage in (2, 3):
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": bool(how["env"])}}))
+        engines[stage] = ("--deepspeed", str(path))
+    start(folder, *flags, kill_after=3, num_ranks=2, **how)
+    start(folder, *flags, *engines[2], kill_after=5, num_ranks=2)
+    start(folder, *flags, *engines[2], kill_after=7, num_ranks=2)
+    start(folder, *flags, *engines[3], kill_after=9, num_ranks=2)
+    ended = start(folder, *flags, num_ranks=2, strategy="fsdp", **how)
+    assert f"going on from {folder.checkpoint(8)}" in ended[0][1]
+    assert trajectory(folder) == trajectory(whole)
+    assert adapter(folder) == adapter(whole)
+
+
+@pytest.mark.slow
+def test_under_a_pipeline(undisturbed, tmp_path):
+    flags, how, whole = undisturbed
+    if how["recipe"] == "quotes_tags":
+        pytest.skip("classifiers are refused in a pipeline")
+    folder = RunFolder(tmp_path / "run")
+    start(folder, *flags, kill_after=5, num_ranks=2, strategy="pipeline", **how)
+    start(folder, *flags, num_ranks=3, strategy="pipeline", **how)
+    assert (adapter(folder), trajectory(folder)) == (adapter(whole), trajectory(whole))
+
+
+@pytest.mark.slow
+def test_the_loss_scaler_goes_on(tmp_path):
+    """fp16's, here of the CPU: it doubles every 3 steps."""
+
+    def scaled(then=lambda rank: None):
+        def patch(rank: int) -> None:
+            import torch
+
+            import lora_dist.training.session as session
+
+            prepare = session.prepare_training
+
+            def prepare_training(*args):
+                run = prepare(*args)
+                run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+                return run
+
+            session.prepare_training = prepare_training
+            then(rank)
+
+        return patch
+
+    scalers = []
+    for name, kill in (("whole", None), ("killed", killed_after(5))):
+        folder = RunFolder(tmp_path / name)
+        flags = (*FLAGS, "--output_dir", str(folder.root))
+        if kill:
+            assert fork_ranks(*flags, num_ranks=1, patch=scaled(kill))[0][0] == -signal.SIGKILL
+        ((code, out, err),) = fork_ranks(*flags, num_ranks=1, patch=scaled())
+        assert code == 0 and ("going on from" in out) == (name == "killed"), err
+        scalers.append(json.loads((folder.checkpoint(STEPS) / "training_state.json").read_text())["loss_scaler"])
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] == 256 * 2 ** (STEPS // 3)
+
+
+def test_what_changes_is_warned_of_or_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    start(folder, kill_after=3, num_ranks=1)
+    fewer = ("--max_steps", "1", "--warmup_steps", "0", "--allow_config_change", "max_steps", "warmup_steps")
+    ((code, out, err),) = fork_ranks(*FLAGS, *fewer, "--output_dir", str(folder.root), num_ranks=1)
+    assert (code, err) == (2, "error: --max_steps 1: the run is at step 2 already; give more\n")
+    back = ("--allow_config_change", "max_steps", "warmup_steps")  # to what it was
+    ((code, out, err),) = fork_ranks(
+        *FLAGS, *back, "--output_dir", str(folder.root), num_ranks=1,
+        patch=lambda rank: os.environ.update(OMP_NUM_THREADS="2"),
+    )  # fmt: skip
+    assert code == 0
+    assert "warning: the run goes on with threads 1, now 2: the bits may differ from here on" in err

@@ -1,0 +1,81 @@
+"""The shape of the code: packages import only what comes before them, and the table matches the files."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import yaml
+
+from lora_dist.parallel.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+# A package imports only itself and what stands before it here. Modules of the top level come first, the commands last.
+TOP = ["errors", "signals", "config", "entry", "environment", "files", "seeds", "embedded"]
+PACKAGES = ["data", "parallel", "model", "run", "tracking", "training", "cluster"]
+ORDER = [*TOP, *PACKAGES, "cli"]
+WITHOUT_TORCH = ("errors", "signals", "config", "entry", "embedded/__init__", "parallel/deepspeed_config",
+                 "parallel/strategies", "cluster/slurm", "cluster/status")  # fmt: skip
+
+
+def imports(path: Path) -> list[str]:
+    """Full names of the modules that a file imports, lazily or not."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def files_of(name: str) -> list[Path]:
+    module = ROOT / f"lora_dist/{name}.py"
+    return [module] if module.exists() else sorted((ROOT / "lora_dist" / name).rglob("*.py"))
+
+
+def test_each_package_imports_only_what_stands_before_it():
+    entries = {p.stem for p in (ROOT / "lora_dist").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert entries - {"__init__"} == set(ORDER)
+    checked = 0
+    for position, name in enumerate(ORDER):
+        before = ORDER[: position + 1]
+        for path in files_of(name):
+            for imported in imports(path):
+                parts = imported.split(".")
+                if parts[0] == "lora_dist" and len(parts) > 1:
+                    checked += 1
+                    assert parts[1] in before or parts[1] not in ORDER, f"{path} imports {imported}"
+    assert checked > 100
+
+
+def test_modules_of_a_package_do_not_import_each_other_in_a_circle():
+    for package in PACKAGES:
+        needs = {}
+        for path in files_of(package):
+            modules = [name.split(".") for name in imports(path)]
+            needs[path.stem] = {m[2] for m in modules if m[:2] == ["lora_dist", package] and len(m) > 2}
+        graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
+
+
+def test_packages_are_small_and_empty_to_import():
+    for package in PACKAGES:
+        files = files_of(package)
+        assert len(files) <= 11 and (ROOT / f"lora_dist/{package}/__init__.py").read_text() == "", package
+
+
+def test_what_answers_a_mistyped_flag_imports_no_torch():
+    for module in WITHOUT_TORCH:
+        heavy = [n for n in imports(ROOT / f"lora_dist/{module}.py") if n.startswith(("torch", "peft", "accelerate"))]
+        assert not heavy, module
+
+
+def test_each_accelerate_config_is_a_row_of_the_table():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert files.keys() == STRATEGIES.keys()
+    for name, file in files.items():  # tests/recipes/test_strategies.py launches each
+        assert (file["distributed_type"] == "FSDP") == (STRATEGIES[name].engine == "FSDP2")
+        assert (file["num_processes"] > 1) == (name != "single")
+        assert not file["use_cpu"]  # the recipe decides: the same file serves CPU and GPU
+        header = (ROOT / f"accelerate_configs/{name}.yaml").read_text().split("compute_environment")[0]
+        assert header.startswith(f"# {name}: ")
+        assert all(f"# {part}" in header for part in ("When: ", "Memory per GPU: ", "Traffic per step: "))

@@ -1,0 +1,75 @@
+"""A rank may come late to the meeting, from a slow tokenizer; after it, a rank that stays away is a fault."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from accelerate import Accelerator
+
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import prepare_rows
+from lora_dist.errors import UserError
+from lora_dist.training.session import check_same_rows
+from tests.helpers.ranks import ROOT, run_ranks
+
+RANK = """
+import datetime, os, time
+from lora_dist.training import session
+session.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
+if os.environ["RANK"] == "1":
+    time.sleep(3)  # longer than a collective may take
+accelerator = session.start_ranks()
+import torch, torch.distributed as dist
+ones = torch.ones(1)
+dist.all_reduce(ones)
+print("met", int(ones), flush=True)
+if os.environ["RANK"] == "1":
+    time.sleep(4)
+else:
+    started = time.monotonic()
+    try:
+        dist.all_reduce(ones)
+    except RuntimeError as error:
+        print("gave up", time.monotonic() - started < 3, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_late_one_and_not_for_one_that_stays_away():
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29900 + os.getpid() % 90), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK], cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert outputs[0][0] == "met 2\ngave up True\n", outputs
+    assert outputs[1][0] == "met 2\n", outputs
+
+
+def _compare_on_rank(rank, config, texts):
+    """What is said where the file of this name holds `texts[rank]`, as on machines without a shared disk."""
+    Accelerator(cpu=True)
+    folder = f"{config.output_dir}/{rank}"
+    os.makedirs(folder)
+    os.chdir(folder)
+    with open("data.jsonl", "w") as file:
+        file.write(texts[rank])
+    data = prepare_rows(dataclasses.replace(config, dataset_name="data.jsonl"), load_tokenizer("embedded"))
+    try:
+        check_same_rows(data)
+    except UserError as error:
+        return str(error)
+
+
+def test_other_rows_on_another_machine_are_refused(config, tmp_path):
+    rows = ['{"quote": "a lamp"}', '{"quote": "a bell"}']
+    for name, second, expected in (("same", rows, None), ("other", rows[::-1], "on rank 1")):
+        settings = dataclasses.replace(config, output_dir=str(tmp_path / name), eval_fraction=0.0)
+        found = run_ranks(_compare_on_rank, 2, settings, ["\n".join(rows), "\n".join(second)])
+        assert found == [None, None] if expected is None else all(expected in line for line in found)

@@ -1,8 +1,0 @@
-import pytest
-from fake_wandb import FakeWandb
-
-
-@pytest.fixture
-def fake_wandb(tmp_path):
-    with FakeWandb(tmp_path / "account") as server:
-        yield server
