@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from lora_dist.cluster.slurm import FLAGS, SlurmOptions
-from lora_dist.config import TrainConfig, parse_config
+from lora_dist.config import TrainConfig
 from lora_dist.embedded import EMBEDDED
 from lora_dist.entry import end_process
 from lora_dist.errors import UserError, did_you_mean
+from lora_dist.flags import parse_config
 from lora_dist.parallel.strategies import STRATEGIES
 
 
@@ -241,12 +242,13 @@ def _add_quantize(commands) -> None:
 def _quantize(args) -> None:
     from lora_dist.model.load import meta_model
     from lora_dist.model.quantized_cache import load_cached_base
+    from lora_dist.parallel.ranks import start_ranks
     from lora_dist.parallel.strategies import Placement, world_size
-    from lora_dist.training import session
+    from lora_dist.training.plan import DTYPE_OF
 
-    dtype = session.DTYPE_OF[args.mixed_precision]
+    dtype = DTYPE_OF[args.mixed_precision]
     meta_model(args.model_name_or_path, args.quantization, dtype)  # raises what can be said before anything is read
-    accelerator = session.start_ranks()
+    accelerator = start_ranks()
     load_cached_base(
         args.model_name_or_path, cache=args.output_dir, quantization=args.quantization, dtype=dtype,
         device=accelerator.device, placement=Placement(shard_ranks=world_size()),

@@ -1,22 +1,28 @@
-"""The code that the bits of a run depend on, beside its settings: packages, and the commit of this one."""
+"""What a run depends on beside its settings: package versions, the commit of this code, the device and its kernels."""
 
 import functools
+import platform
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 CODE = Path(__file__).parents[1]
 COMMIT_FILE = "git_commit"  # beside a copy of the code, which has no repository
+BF16_TEST_SIZE = 256  # rows and columns of the matrices that `bf16_slowdown` multiplies
 
 
-@functools.cache  # each is a file to read, and a save must not wait for that
+@functools.cache  # reads one file per package, and saving a checkpoint must not wait for that
 def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
 def git_commit() -> str | None:
-    """Of the checkout that this package is run from, "+changes" where files differ from it; None where it is none."""
+    """The commit of the checkout that this package is run from, with "+changes" if files differ from it.
+
+    None if the package is not run from a checkout.
+    """
     copied = CODE / COMMIT_FILE
     if copied.exists():
         return copied.read_text(encoding="utf-8").strip() or None
@@ -32,3 +38,55 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
+def cpu_has_bf16() -> bool:
+    """True if oneDNN, which multiplies torch's matrices on a CPU, has bf16 kernels that are not emulated here.
+
+    It has them with AVX-512 or AMX, and with bf16 instructions on arm64. It obeys ONEDNN_MAX_CPU_ISA.
+    """
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def bf16_slowdown() -> float:
+    """How many times as long a matrix product takes in bf16 as in fp32, measured on this CPU in about 0.1 s."""
+    import torch
+
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix, times = torch.ones(BF16_TEST_SIZE, BF16_TEST_SIZE, dtype=dtype), []
+        for _ in range(4):  # the first one chooses the kernel
+            started = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - started)
+        seconds.append(min(times))
+    return seconds[0] / seconds[1]
+
+
+def numerics(attention: str) -> dict[str, str]:
+    """What the bits of a step depend on, beside the settings. `attention`: the model's attention implementation."""
+    import torch
+
+    on_gpu = has_gpu()
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "torch": torch.__version__,
+        "bitsandbytes": versions()["bitsandbytes"],
+        "device": torch.cuda.get_device_name() if on_gpu else cpu,
+        "threads": "any" if on_gpu else str(torch.get_num_threads()),
+        "attention": attention,
+    }

@@ -4,28 +4,25 @@
     accelerate launch --config_file accelerate_configs/fsdp.yaml recipes/sft.py \\
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name chats.jsonl --max_length 2048
 
-The columns of the data tell the format; `lora-dist doctor --data chats.jsonl` shows which tokens will be trained. Of
-chats these are the assistant's turns, of prompts the completions. Documents are packed into rows of `--max_length`.
-Without a GPU the same commands without a model train the small OPT that ships with the package, on its quotes:
+The columns of the data decide its format; `lora-dist doctor --data chats.jsonl` shows which tokens will be trained: the
+assistant's turns of a chat, the completion of a prompt. Documents are packed into rows of `--max_length` tokens.
+Without a GPU and without a model, the small OPT that ships with the package is trained on its quotes:
 
     accelerate launch --config_file accelerate_configs/fsdp.yaml recipes/sft.py --max_steps 20
 
-Expect that to bring the held-out perplexity of the quotes from 15.0 to 11.6 on 2 CPU ranks.
+Expect that to bring the held-out perplexity of the quotes from 15.0 to about 11.6 on 2 ranks.
 """
 
-from lora_dist.config import TrainConfig
-from lora_dist.entry import run_recipe
+import lora_dist
 
 GPU = {
     "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "dataset_name": "HuggingFaceH4/ultrachat_200k",
     "dataset_train_split": "train_sft", "dataset_test_split": "test_sft",
 }  # fmt: skip
-EMBEDDED = {  # where there is no GPU
+EMBEDDED = {  # without a GPU
     "model_name_or_path": "embedded", "max_length": 512, "dataset_name": "embedded", "dataset_text_field": "quote",
 }  # fmt: skip
-CONFIG = TrainConfig(
-    model_name_or_path=None,  # GPU's or EMBEDDED's
-    dataset_name=None,
+CONFIG = lora_dist.TrainConfig(
     quantization="int8",
     lora_r=16,
     lora_alpha=32,
@@ -41,37 +38,11 @@ CONFIG = TrainConfig(
 )
 
 
-def main(config: TrainConfig) -> None:
-    from lora_dist import session  # here, so that a mistyped flag is answered before torch is imported
-    from lora_dist.data.formats import load_tokenizer
-    from lora_dist.data.rows import prepare_rows
-    from lora_dist.parallel.strategies import read_launch
-    from lora_dist.training.loop import train
-
-    # Where are we?
-    launch = read_launch(config)
-    config, decision = session.choose_defaults(config, CONFIG, gpu=GPU, embedded=EMBEDDED)
-
-    # Data, and what the base allows: before the ranks meet, so that no collective waits for a tokenizer.
-    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
-    data = prepare_rows(config, tokenizer)
-    plan = session.plan_base(config, launch, tokenizer)
-
-    with session.open_session(config, "sft", launch, data) as (accelerator, folder):
-        say = accelerator.on_main_process(print)
-        say(f"{decision}\n{data.table()}")
-
-        # Model
-        run = session.prepare_training(config, plan, data, tokenizer, accelerator, folder)
-        say(session.banner(run, launch.strategy), flush=True)
-
-        # Train
-        with session.metrics_log(run, launch.strategy) as metrics:
-            measured = train(run, metrics)
-
-            # Save
-            session.finish(run, launch.strategy, measured, metrics)
+def main(config: lora_dist.TrainConfig) -> None:
+    with lora_dist.open_run(config, "sft") as run:
+        lora_dist.train(run)
+        lora_dist.finish(run)
 
 
 if __name__ == "__main__":
-    run_recipe(main, CONFIG, description=__doc__)
+    lora_dist.run_recipe(main, CONFIG, gpu=GPU, embedded=EMBEDDED, description=__doc__)

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from lora_dist.cluster.oddities import Links, RankFacts, by_host, find_oddities, gb_per_s, gib, link_rates
 from lora_dist.environment import versions
 from lora_dist.errors import RunFailed
-from lora_dist.parallel.strategies import keep_to_one_machine, world_size
+from lora_dist.parallel.ranks import gather, keep_to_one_machine, num_ranks, this_rank
+from lora_dist.parallel.strategies import world_size
 
 ARRIVAL_S = 300.0  # between the first rank and the last: many nodes import from one disk
 PATIENCE_S = 20.0  # with one rank that does not answer
@@ -114,16 +115,16 @@ def joined_ranks() -> Iterator[torch.device]:
 
 def inspect_ranks(folder: Path, device: torch.device) -> Report:
     """Of a run that is to write to `folder`. Raises RunFailed that names who does not answer. Collective."""
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    _meet([f"rank {rank}" for rank in range(num_ranks)], "here", ARRIVAL_S)
+    total = num_ranks()
+    _meet([f"rank {rank}" for rank in range(total)], "here", ARRIVAL_S)
     started, folder = time.perf_counter(), _nearest_existing(folder)
     # A name that no machine asked for yet: network file systems remember for a while what was not there.
     probe = folder / f".preflight-{secrets.token_hex(8)}"
-    if _rank() == 0:
+    if this_rank() == 0:
         with contextlib.suppress(OSError):  # then nobody sees it
             probe.write_text(probe.name)
     try:
-        ranks = _gather((socket.gethostname(), probe))
+        ranks = gather((socket.gethostname(), probe))
         hosts, probe_of_rank_0 = [host for host, _ in ranks], ranks[0][1]
         names = [f"rank {rank} ({host})" for rank, host in enumerate(hosts)]
         mine = _look_around(device, folder, probe_of_rank_0)
@@ -131,14 +132,14 @@ def inspect_ranks(folder: Path, device: torch.device) -> Report:
     finally:
         with contextlib.suppress(OSError):  # only rank 0's is there
             probe.unlink()
-    rate, links = _measure_all_reduce(num_ranks, device), _measure_links(hosts, names, device)
+    rate, links = _measure_all_reduce(total, device), _measure_links(hosts, names, device)
     _meet(names, "measured", 3 * PATIENCE_S)  # a rank that waits for one other gives up earlier
-    found = _gather((mine, rate, links, time.perf_counter() - started))
+    found = gather((mine, rate, links, time.perf_counter() - started))
     facts, rates, links_of_ranks, seconds = map(list, zip(*found, strict=True))
     links, rate = _of_both_ends(links_of_ranks), _slowest(rates)
     findings = find_oddities(facts, links)
-    if num_ranks > 1 and rate is None:
-        findings.append(f"all-reduce: the ones of {num_ranks} ranks did not add up to {num_ranks}")
+    if total > 1 and rate is None:
+        findings.append(f"all-reduce: the ones of {total} ranks did not add up to {total}")
     return Report(facts, links, rate, findings, max(seconds))
 
 
@@ -147,24 +148,11 @@ def _nearest_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(item) -> list:
-    """[the item of each rank]. Collective."""
-    items = [item]
-    if dist.is_initialized():
-        items = [None] * dist.get_world_size()
-        dist.all_gather_object(items, item)
-    return items
-
-
 def _look_around(device: torch.device, folder: Path, probe: Path) -> RankFacts:
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     free, total = torch.cuda.mem_get_info(device) if gpu else _host_memory()
     return RankFacts(
-        rank=_rank(),
+        rank=this_rank(),
         host=socket.gethostname(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         device=gpu.name if gpu else "cpu",
@@ -216,7 +204,7 @@ def _meet(names: list[str], point: str, patience_s: float) -> None:
     if len(names) == 1:
         return
     store, deadline = _store(), time.monotonic() + patience_s
-    store.set(f"preflight/{point}/{dist.get_rank()}", "")
+    store.set(f"preflight/{point}/{this_rank()}", "")
     store.add(f"preflight/{point}", 1)
     while store.add(f"preflight/{point}", 0) < len(names):
         if store.check(["preflight/gave up"]) or time.monotonic() > deadline:
@@ -229,7 +217,7 @@ def _give_up(line: str) -> RunFailed:
     """The error for all ranks: of the one that gave up first. Those that waited for it know less."""
     with contextlib.suppress(RuntimeError):  # it ended with rank 0
         line = _store().compare_set("preflight/gave up", "", line).decode()
-    time.sleep(FAREWELL_S if dist.get_rank() else FAREWELL_S / 5)  # the store may end with rank 0: let the others read
+    time.sleep(FAREWELL_S if this_rank() else FAREWELL_S / 5)  # the store may end with rank 0: let the others read
     return RunFailed(line)
 
 
@@ -249,9 +237,9 @@ def _measure_all_reduce(num_ranks: int, device: torch.device) -> float | None:
 def _measure_links(hosts: list[str], names: list[str], device: torch.device) -> Links:
     """Those of this node, by its lowest rank."""
     leaders, links = [hosts.index(host) for host in dict.fromkeys(hosts)], {}
-    if len(leaders) == 1 or dist.get_rank() not in leaders:
+    if len(leaders) == 1 or this_rank() not in leaders:
         return links
-    me, generator = leaders.index(dist.get_rank()), torch.Generator().manual_seed(0)
+    me, generator = leaders.index(this_rank()), torch.Generator().manual_seed(0)
     message = torch.randint(256, (MESSAGE_BYTES[device.type],), dtype=torch.uint8, generator=generator).to(device)
     for turn, pairs in enumerate(schedule(len(leaders))):
         for pair in (pair for pair in pairs if me in pair):

@@ -23,10 +23,11 @@ import yaml
 import lora_dist
 from lora_dist.cluster import slurm
 from lora_dist.cluster.slurm import Job, SlurmOptions
-from lora_dist.config import TrainConfig, as_flags, fill_in, parse_config
+from lora_dist.config import TrainConfig
 from lora_dist.environment import COMMIT_FILE, git_commit
 from lora_dist.errors import UserError, require
 from lora_dist.files import write_whole
+from lora_dist.flags import as_flags, parse_recipe_config
 from lora_dist.run.folder import RunFolder, write_config
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
@@ -56,8 +57,8 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
     path = Path(recipe)
     require(path.suffix == ".py" and path.is_file(), "recipe", recipe, "no such file; give e.g. recipes/opt_quotes.py")
     module = _load(path)
-    config = parse_config(module.CONFIG, flags)
-    config = fill_in(config, module.CONFIG, module.GPU if options.gpus_per_node else module.EMBEDDED)
+    on_gpu = bool(options.gpus_per_node)
+    config = parse_recipe_config(module.CONFIG, flags, gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=on_gpu)
     name = f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     root = Path(config.output_dir or f"runs/{name}").absolute()
     require(not set(str(root)) & set(" \t\n%"), "output_dir", root, "must have no spaces or % for Slurm")

@@ -93,7 +93,7 @@ class RowStream:
 
 
 @dataclass(frozen=True)
-class Data:
+class PreparedData:
     train: Rows | RowStream
     held_out: Rows
     counts: dict[str, Counts]  # by split
@@ -139,7 +139,7 @@ class Data:
 
 def prepare_rows(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, transform: Callable[[dict], dict] | None = None
-) -> Data:
+) -> PreparedData:
     """The rows to train on and those held out. Raises UserError where the data cannot be trained on.
 
     `transform` makes an example of one format of another one; not for classes. The first process on a machine
@@ -156,20 +156,20 @@ def prepare_rows(
         splits = [Rows(Dataset.from_file(str(folder / f"{split}.arrow"))) for split in ("train", "held-out")]
         counts = {split: Counts(**counts) for split, counts in report["counts"].items()}
         classes = getattr(encoder, "classes", None)
-        data = Data(*splits, counts, encoder.format, config, report["in_both"], classes)
+        data = PreparedData(*splits, counts, encoder.format, config, report["in_both"], classes)
     if config.strict and data.warnings():
         raise UserError(f"--strict True: the data would be warned of: {'; '.join(data.warnings())}")
     return data
 
 
-def _prepare_stream(examples: Examples, encoder: Encoder, config: TrainConfig) -> Data:
+def _prepare_stream(examples: Examples, encoder: Encoder, config: TrainConfig) -> PreparedData:
     held_out, counts = Counts(), {}
     rows = list(encode(examples.held_out, encoder, config, held_out, set())) if examples.held_out else []
     if rows:
         counts["held-out"] = held_out
     stream = RowStream(examples, encoder, config)
     next(iter(stream))  # raises what can be said of the beginning
-    return Data(stream, Rows.of(rows), counts, encoder.format, config)
+    return PreparedData(stream, Rows.of(rows), counts, encoder.format, config)
 
 
 def _tokenize_once(examples: Examples, encoder: Encoder, config: TrainConfig) -> Path:

@@ -7,7 +7,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from lora_dist.errors import RunFailed, UserError, require
 from lora_dist.files import write_whole
 from lora_dist.model.quantization import FrozenLinear, packed_weights
 from lora_dist.parallel.fsdp import release
+from lora_dist.parallel.ranks import gather
 from lora_dist.parallel.zero import is_partitioned, whole_shape
 from lora_dist.seeds import random_key
 
@@ -117,16 +117,13 @@ def fingerprint(model: nn.Module) -> bytes:
     return digest.digest()
 
 
-def check_identical(model: nn.Module, device: torch.device) -> str:
+def check_identical(model: nn.Module) -> str:
     """The adapters' sha256, in hex. Raises RuntimeError where ranks hold different adapters. Collective."""
     own = fingerprint(model)
-    if dist.is_initialized():
-        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, mine)
-        odd = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
-        if odd:
-            raise RuntimeError(f"the adapters of ranks {odd} differ from rank 0's")
+    digests = gather(own)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise RuntimeError(f"the adapters of ranks {odd} differ from rank 0's")
     return own.hex()
 
 

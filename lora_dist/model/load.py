@@ -44,7 +44,7 @@ from lora_dist.model.quantize_model import keep_norms_in_fp32, pack_model
 from lora_dist.parallel.fsdp import decoder_layers, shard
 from lora_dist.parallel.pipeline import put_back, set_aside
 from lora_dist.parallel.strategies import Placement
-from lora_dist.parallel.zero import partition_base, partitioned_bytes, split_rows, whole_shape
+from lora_dist.parallel.zero import partition_base, split_rows
 
 
 @register_quantization_config("frozen")
@@ -325,29 +325,3 @@ def load_model_config(name: str, classes: list[str] | None = None):
         raise UserError(
             f"--model_name_or_path {name}: {reason} Give a model directory or a hub name such as facebook/opt-6.7b"
         ) from None
-
-
-@dataclass(frozen=True)
-class BaseBytes:
-    """Bytes of the frozen base: of all ranks' distinct parameters, and as held here (padding of shards included)."""
-
-    total: int
-    per_rank: int
-    quantized_total: int
-    quantized_per_rank: int
-
-
-def base_bytes(model: nn.Module) -> BaseBytes:
-    """Counts storages as they are now; call it while nothing is gathered (after loading, or after `reshard`)."""
-    total = per_rank = quantized_total = quantized_per_rank = 0
-    quantized = {id(part) for m in model.modules() for packed in packed_weights(m).values() for part in packed.parts(m)}
-    for param in model.parameters():  # tied parameters come once
-        if param.requires_grad:
-            continue
-        local = param.to_local() if isinstance(param, DTensor) else param
-        held = partitioned_bytes(param) or local.untyped_storage().nbytes()
-        whole = whole_shape(param).numel() * param.dtype.itemsize
-        total, per_rank = total + whole, per_rank + held
-        if id(param) in quantized:
-            quantized_total, quantized_per_rank = quantized_total + whole, quantized_per_rank + held
-    return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from lora_dist.model.bitsandbytes_format import bitsandbytes_config, write_bitsa
 from lora_dist.model.lazy_weights import OwnRows, weight_files, write_safetensors
 from lora_dist.model.load import hand_over, load_base, read_base
 from lora_dist.model.quantization import packed_weights
+from lora_dist.parallel.ranks import barrier, gather, num_ranks, this_rank
 from lora_dist.parallel.strategies import Placement
 
 FORMAT = 1
@@ -52,10 +52,10 @@ def load_cached_base(
     why_not = unusable_because(cache, fingerprint)
     if why_not is None:
         return _load_from(cache, name, how)
-    if _rank() == 0 and cache.exists():
+    if this_rank() == 0 and cache.exists():
         print(f"quantized cache {cache}: {why_not}; it is made anew", flush=True)
     if placement.stages > 1:  # the stages of a pipeline have no rows of each weight to write
-        rows = read_base(name, **(how | {"placement": Placement(shard_ranks=_num_ranks())}))
+        rows = read_base(name, **(how | {"placement": Placement(shard_ranks=num_ranks())}))
         write_cache(rows, name, cache, fingerprint, dtype)
         del rows
         return _load_from(cache, name, how)
@@ -96,10 +96,10 @@ def unusable_because(cache: Path, fingerprint: dict) -> str | None:
         why_not = None if found == fingerprint else "it was made of other files, or in another way"
     except (OSError, ValueError):
         why_not = "holds other files" if cache.is_dir() and any(cache.iterdir()) else "there is none"
-    why_not = _gather(why_not)[0]
+    why_not = gather(why_not)[0]
     if why_not == "holds other files":
         raise UserError(f"{cache}: holds files that are no quantized base; give a folder of its own")
-    if why_not is None and not all(_gather(is_complete(cache, slice(_rank(), None, _num_ranks())))):
+    if why_not is None and not all(gather(is_complete(cache, slice(this_rank(), None, num_ranks())))):
         why_not = "it is incomplete or damaged"
     return why_not
 
@@ -107,31 +107,31 @@ def unusable_because(cache: Path, fingerprint: dict) -> str | None:
 def write_cache(model: PreTrainedModel, name: str, cache: Path, fingerprint: dict, dtype: torch.dtype) -> None:
     """Write a loaded base, with its tokenizer, so that `load_base` and transformers can read it. Collective."""
     tokenizer, problem = load_tokenizer(name), None
-    if _rank() == 0:
+    if this_rank() == 0:
         try:
             shutil.rmtree(cache, ignore_errors=True)
             cache.mkdir(parents=True)
             write_whole(cache / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
         except OSError as error:
             problem = error.strerror
-    problem = _gather(problem)[0]
+    problem = gather(problem)[0]
     require(problem is None, "quantized_cache", cache, f"cannot be written: {problem}")
     require(cache.is_dir(), "quantized_cache", cache, "is not there on all ranks; give a disk that they share")
     tensors = stored_tensors(model, dtype)
-    write_safetensors(cache, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=_rank() == 0, barrier=_barrier)
-    if _rank() == 0:
+    write_safetensors(cache, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=this_rank() == 0, barrier=barrier)
+    if this_rank() == 0:
         tokenizer.save_pretrained(cache)
         model.generation_config.save_pretrained(cache)
         config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("_name_or_path", None)  # a path of this machine
         config["quantization_config"] = bitsandbytes_config(model, dtype)
         write_whole(cache / "config.json", json.dumps(config, indent=2) + "\n")
-    _barrier()
-    files = files_of(cache)[_rank() :: _num_ranks()]
-    described = _gather({str(path.relative_to(cache)): describe_file(path) for path in files})
-    if _rank() == 0:
+    barrier()
+    files = files_of(cache)[this_rank() :: num_ranks()]
+    described = gather({str(path.relative_to(cache)): describe_file(path) for path in files})
+    if this_rank() == 0:
         write_manifest(cache, {name: entry for part in described for name, entry in part.items()})
-    _barrier()
+    barrier()
 
 
 def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, OwnRows]:
@@ -146,7 +146,12 @@ def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, OwnR
                 nested = parts[2].full_tensor() if isinstance(parts[2], DTensor) else parts[2]
                 nested = nested.detach().view(torch.float32)
             tensors |= write_bitsandbytes(
-                f"{module_name}.{weight_name}", packed, [own_rows(p) for p in parts[:2]], nested, dtype, _rank() == 0
+                f"{module_name}.{weight_name}",
+                packed,
+                [own_rows(p) for p in parts[:2]],
+                nested,
+                dtype,
+                this_rank() == 0,
             )
     plain = [(name, param) for name, param in model.named_parameters() if id(param) not in packed_ids]
     persistent = model.state_dict().keys()
@@ -158,30 +163,9 @@ def own_rows(tensor: torch.Tensor) -> OwnRows:
     """The rows of a parameter that this rank writes: its shard, in the first of the copies; what is whole, rank 0."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if not isinstance(tensor, DTensor):
-        return OwnRows(shape, dtype, tensor if _rank() == 0 else tensor.flatten()[:0])
+        return OwnRows(shape, dtype, tensor if this_rank() == 0 else tensor.flatten()[:0])
     local = tensor.to_local()
-    if _rank() >= tensor.device_mesh.size():
+    if this_rank() >= tensor.device_mesh.size():
         local = local[:0]
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return OwnRows(shape, dtype, local, offset[0] * torch.Size(shape[1:]).numel() if len(local) else 0)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value) -> list:
-    """Every rank's value, in order of rank. Collective."""
-    values = [value] * _num_ranks()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

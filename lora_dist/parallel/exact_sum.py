@@ -89,21 +89,3 @@ def flatten_gradients(
     numel = sum(map(len, parts)) + len(extras)
     tail = [float(e) for e in extras] + [0.0] * (-numel % num_ranks)
     return torch.cat([*parts, torch.tensor(tail, device=parts[0].device)])
-
-
-def of_all_ranks(numbers: list[float], device: torch.device) -> list[list[float]]:
-    """Each rank's numbers, as many on all of them. Collective."""
-    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if not dist.is_initialized():
-        return [mine.tolist()]
-    all_of_them = mine.new_empty(dist.get_world_size() * len(numbers))
-    dist.all_gather_single(all_of_them, mine)
-    return all_of_them.view(-1, len(numbers)).tolist()
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on some rank. Collective."""
-    flags = torch.tensor([float(flag)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flags)
-    return flags.item() > 0

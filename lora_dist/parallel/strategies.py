@@ -85,12 +85,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def keep_to_one_machine() -> None:
-    """Where all ranks are on one, nobody outside is to connect: gloo listens on the loopback device alone."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
 def read_launch(config: TrainConfig) -> Launch:
     """What accelerate, deepspeed or torchrun put in the environment, as a row of the table.
 

@@ -25,7 +25,7 @@ OF_ROWS = (
 )
 
 
-def open_run(config: TrainConfig, recipe: str, begun: dict, num_shares: int) -> tuple[RunFolder, list[str]]:
+def begin_or_resume(config: TrainConfig, recipe: str, begun: dict, num_shares: int) -> tuple[RunFolder, list[str]]:
     """Lock the run folder, and begin a run in it or go on with the one it holds. (Folder, what to say). Rank 0 only.
 
     `begun`: how this start would begin a run: num_ranks, micro_batches_per_step, mixed_precision, and a hash of the

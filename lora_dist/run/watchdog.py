@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate.utils import gather_object
 
 from lora_dist.errors import RunFailed, UserError
+from lora_dist.parallel.ranks import gather
 from lora_dist.run.folder import RunFolder
 
 INTERVAL_S = 1.0
@@ -85,7 +85,7 @@ class Watchdog:
         self._neighbours, self._store, self._last_sign = {}, None, ("", time.monotonic())
         if dist.is_initialized():
             self.rank = dist.get_rank()
-            ranks = gather_object([(socket.gethostname(), os.getpid())])
+            ranks = gather((socket.gethostname(), os.getpid()))
             self.hosts = [host for host, _ in ranks]
             local = {r: pid for r, (host, pid) in enumerate(ranks) if host == self.hosts[self.rank] and r != self.rank}
             self._neighbours = {r: pid for r, pid in local.items() if _is_alive(pid)}  # not another namespace's

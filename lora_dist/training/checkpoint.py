@@ -10,52 +10,27 @@ There is no random state to save: whatever is drawn is drawn from the seed, the 
 
 import dataclasses
 import json
-import platform
 import shutil
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.backends.cpu import get_cpu_capability as cpu_capability
 
-from lora_dist.environment import versions
+from lora_dist.environment import numerics, versions
 from lora_dist.errors import RunFailed
 from lora_dist.files import sync_files, write_manifest, write_whole
 from lora_dist.model.adapters import check_identical, save_adapter, trainable_parameters
-from lora_dist.parallel.exact_sum import any_rank
+from lora_dist.parallel.ranks import any_rank, copy_from_rank_0, from_rank_0
 from lora_dist.parallel.zero import load_zero2_state, zero2_state
-from lora_dist.training.step import Training
+from lora_dist.training.run import Progress, Run
 
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
-RECENT_LOSSES = 50  # that a loss is compared with
-
-
-@dataclass
-class Progress:
-    """What a run has done so far: saved with each checkpoint, and what its summary is made of."""
-
-    step: int = 0  # optimizer steps completed
-    tokens_seen: int = 0  # without padding
-    trained_tokens_seen: int = 0
-    train_time_s: float = 0.0
-    loss_first: float | None = None
-    eval_loss_base: float | None = None  # at step 0
-    eval_loss: float | None = None  # of eval_step
-    eval_step: int | None = None
-    best_eval_loss: float | None = None
-    best_step: int | None = None
-    recent_losses: list[float] = field(default_factory=list)
-    loss_spikes: int = 0
-    skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,37 +46,25 @@ class Snapshot:
         return self.state["progress"]["step"]
 
 
-def numerics(run: Training) -> dict[str, str]:
-    """What the bits of a step depend on, beside the settings."""
-    on_gpu = run.accelerator.device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "bitsandbytes": versions()["bitsandbytes"],
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {cpu_capability()}",
-        "threads": "any" if on_gpu else str(torch.get_num_threads()),
-        "attention": str(run.model.config._attn_implementation),
-    }  # fmt: skip
-
-
-def take_snapshot(run: Training, progress: Progress) -> Snapshot | None:
+def take_snapshot(run: Run) -> Snapshot | None:
     """None but on rank 0. Raises RuntimeError where ranks hold different adapters. Collective."""
-    digest = check_identical(run.model, run.accelerator.device)
+    digest = check_identical(run.model)
     states = optimizer_states(run)
-    if not run.accelerator.is_main_process:
+    if not run.is_main:
         return None
     scaler = run.accelerator.scaler
     return Snapshot(
         params={name: _on_host(param) for name, param in trainable_parameters(run.model).items()},
         optimizer={f"{key}.{name}": _on_host(t) for name, s in states.items() for key, t in s.items()},
         state={
-            "progress": dataclasses.asdict(progress),
+            "progress": dataclasses.asdict(run.progress),
             "adapter_sha256": digest,
             "loss_scaler": scaler.state_dict() if scaler else None,
             "begun": dict(run.folder.begun),
             "wandb_run_id": run.folder.wandb_run_id,
             "config": dataclasses.asdict(run.config),
             "world_size": run.accelerator.num_processes,
-            "numerics": numerics(run),
+            "numerics": numerics(_attention(run)),
             "versions": versions(),
         },
     )
@@ -111,16 +74,18 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def optimizer_states(run: Training) -> dict[str, dict[str, torch.Tensor]]:
+def optimizer_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
     """Parameter name to AdamW's state of it; empty before the first step. Collective under ZeRO-2."""
     names = list(trainable_parameters(run.model))
-    if run.zero2:
-        return dict(zip(names, zero2_state(run.zero2, run.params), strict=False))
-    states = {name: run.optimizer.state.get(param) for name, param in zip(names, run.params, strict=True)}
+    if run.training.zero2:
+        return dict(zip(names, zero2_state(run.training.zero2, run.training.params), strict=False))
+    states = {
+        name: run.training.optimizer.state.get(param) for name, param in zip(names, run.training.params, strict=True)
+    }
     return {name: state for name, state in states.items() if state}
 
 
-def write_checkpoint(run: Training, snapshot: Snapshot, folder: Path) -> None:
+def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
     """Write, read back, and only then give it its name. Rank 0 only.
 
     Raises OSError where it could not be written; then nothing of that name, and nothing half-written, is left.
@@ -142,49 +107,48 @@ def write_checkpoint(run: Training, snapshot: Snapshot, folder: Path) -> None:
         raise OSError(f"{folder}: {error}") from None
 
 
-def restore(run: Training) -> Progress:
+def restore(run: Run) -> None:
     """Put the checkpoint that the run goes on from into the model, the optimizer, the schedule and the loss scaler.
 
     Rank 0 reads it and sends it to the others. Raises RuntimeError unless every rank ends up with the very adapter
     that was saved. Collective.
     """
     state, optimizer = None, {}
-    if run.accelerator.is_main_process:
+    if run.is_main:
         folder = run.folder.resume_from
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         set_peft_model_state_dict(run.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         optimizer = load_file(folder / "optimizer.safetensors")
-        _warn_of_other_numerics(state["numerics"], numerics(run))
-    state, has_optimizer = broadcast_object_list([state, bool(optimizer)])
+        _warn_of_other_numerics(state["numerics"], numerics(_attention(run)))
+    state, has_optimizer = from_rank_0((state, bool(optimizer)))
     states = []
     for name, param in trainable_parameters(run.model).items():
-        _broadcast(param.data)
+        copy_from_rank_0(param.data)
         states.append({})
         for key in OPTIMIZER_KEYS if has_optimizer else ():
             value = torch.empty((), device=param.device) if key == "step" else torch.empty_like(param)
             if optimizer:
                 value.copy_(optimizer[f"{key}.{name}"])
-            _broadcast(value)
+            copy_from_rank_0(value)
             states[-1][key] = value.cpu() if key == "step" else value  # where AdamW keeps them
-    if check_identical(run.model, run.accelerator.device) != state["adapter_sha256"]:
+    if check_identical(run.model) != state["adapter_sha256"]:
         raise RuntimeError(f"{run.folder.resume_from}: the adapter loads as another than was saved")
-    if run.zero2:
-        load_zero2_state(run.zero2, run.params, states)
+    if run.training.zero2:
+        load_zero2_state(run.training.zero2, run.training.params, states)
     elif has_optimizer:
-        run.optimizer.state.update(zip(run.params, states, strict=True))
+        run.training.optimizer.state.update(zip(run.training.params, states, strict=True))
     if state["loss_scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
-    progress = Progress(**state["progress"])
-    set_schedule(run, progress.step)
-    return progress
+    run.progress = Progress(**state["progress"])
+    set_schedule(run, run.progress.step)
 
 
-def set_schedule(run: Training, step: int) -> None:
+def set_schedule(run: Run, step: int) -> None:
     """The learning rates of `step`: a function of it and of the settings, so nothing of it is saved."""
-    scheduler = run.scheduler
+    scheduler = run.training.scheduler
     scheduler.last_epoch, scheduler._step_count = step, step + 1
     scheduler._last_lr = [base * of(step) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, lr in zip(run.optimizer.param_groups, scheduler._last_lr, strict=True):
+    for group, lr in zip(run.training.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = lr
 
 
@@ -194,15 +158,14 @@ def _warn_of_other_numerics(then: dict, now: dict) -> None:
         print(f"warning: the run goes on with {'; '.join(changed)}: the bits may differ from here on", file=sys.stderr)
 
 
-def _broadcast(tensor: torch.Tensor) -> None:
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+def _attention(run: Run) -> str:
+    return str(run.model.config._attn_implementation)
 
 
 class Saver:
     """Saves checkpoints in a thread of rank 0; the training waits for the copy, and for the save before."""
 
-    def __init__(self, run: Training):
+    def __init__(self, run: Run):
         self.run = run
         self.failed = 0  # saves in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -210,11 +173,11 @@ class Saver:
         self._waited_s = 0.0  # training, for the save that is being written
         self._ended: list[dict[str, float]] = []
 
-    def save(self, progress: Progress) -> None:
+    def save(self) -> None:
         """Begin to save. Raises RunFailed after too many saves in a row that failed. Collective."""
         started = time.perf_counter()
         self._settle(most_failures=self.run.config.max_failed_saves - 1)
-        snapshot = take_snapshot(self.run, progress)
+        snapshot = take_snapshot(self.run)
         if snapshot:
             self._writing = self._thread.submit(self._write, snapshot)
         self._waited_s = time.perf_counter() - started
@@ -227,7 +190,7 @@ class Saver:
         if self._writing:
             self._writing.exception()
             self._collect()
-        if any_rank(self.failed > most_failures, self.run.accelerator.device):  # known to rank 0 alone
+        if any_rank(self.failed > most_failures, self.run.device):  # known to rank 0 alone
             raise RunFailed(
                 f"checkpoints could not be written to {self.run.folder.checkpoints}, the last {self.failed or 'ones'}; "
                 "those before are kept: make room, and start again with the same --output_dir"

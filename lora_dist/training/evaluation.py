@@ -1,4 +1,4 @@
-"""The held-out rows, shared among the ranks: loss, predictions; and completions, in lockstep."""
+"""Evaluation on the held-out rows, which the ranks divide among them: loss, predictions, scores; and completions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,27 +11,29 @@ from lora_dist.data.tasks import IGNORE_INDEX, Task
 from lora_dist.parallel.exact_sum import block
 from lora_dist.parallel.fsdp import release
 from lora_dist.run import watchdog
-from lora_dist.training.step import Training, data_share, forward_loss
+from lora_dist.training.run import Run
+from lora_dist.training.step import forward_loss
 
 MAX_NEW_TOKENS = 48  # of a completion
 
 
 @torch.no_grad()
-def over_held_out(run: Training, measure: Callable[[int, MicroBatch], torch.Tensor], width: int) -> torch.Tensor:
-    """`measure(place, batch)` of each batch of held-out rows: float64 (batches, places, width), on the CPU. Collective.
+def over_held_out(run: Run, measure: Callable[[int, MicroBatch], torch.Tensor], width: int) -> torch.Tensor:
+    """`measure(piece, batch)` of every batch of held-out rows: float64 (batches, pieces, width), on the CPU.
 
-    Each is measured by one rank, or where ranks share rows by one in each place of a group; all learn all, exactly.
+    Every rank gets all of them. Each batch is measured by one rank; if ranks share rows, by one rank for each piece of them. `measure` returns up to
+    `width` numbers. The results are exact and the same on all ranks. Collective.
     """
-    device, share = run.accelerator.device, data_share(run)
+    device, share = run.device, run.training.share
     batches = held_out_batches(run)
     mine = block(len(batches), share.num_groups, share.group)
     found = torch.zeros(len(batches), share.num_pieces, width, dtype=torch.float64, device=device)
     run.model.eval()
     for turn in range(-(-len(batches) // share.num_groups)):
         watchdog.still_moving()
-        index = mine[turn] if turn < len(mine) else 0  # a spare forward, thrown away, keeps the gathers matched
-        rows = [run.eval_rows[i] for i in batches[index]]
-        batch = collate(rows, run.micro_batches.pad_token_id, run.micro_batches.task).to(device)
+        index = mine[turn] if turn < len(mine) else 0  # the gathers must match: a spare forward, thrown away
+        rows = [run.held_out[i] for i in batches[index]]
+        batch = collate(rows, run.training.micro_batches.pad_token_id, run.training.micro_batches.task).to(device)
         measured = measure(share.piece, batch)
         if turn < len(mine):
             found[index, share.piece, : len(measured)] = measured.double()
@@ -42,36 +44,33 @@ def over_held_out(run: Training, measure: Callable[[int, MicroBatch], torch.Tens
     return found.cpu()
 
 
-def held_out_batches(run: Training) -> list[list[int]]:
-    """The held-out rows, those of a length together: little padding."""
-    size, order = (
-        run.config.per_device_eval_batch_size,
-        sorted(range(len(run.eval_rows)), key=run.eval_rows.lengths.item),
-    )
+def held_out_batches(run: Run) -> list[list[int]]:
+    """The numbers of the held-out rows in each batch; rows of similar length are together, which saves padding."""
+    size = run.config.per_device_eval_batch_size
+    order = sorted(range(len(run.held_out)), key=run.held_out.lengths.item)
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def evaluate(run: Training) -> tuple[float, float]:
-    """(mean loss, share predicted right) over the trained tokens of the held-out rows. Collective.
+def evaluate(run: Run) -> tuple[float, float]:
+    """(mean loss, share of right predictions) over the trained tokens of the held-out rows. Collective.
 
-    The same bits at any number of ranks.
+    The bits are the same at any number of ranks.
     """
 
     def sums(piece: int, batch: MicroBatch) -> torch.Tensor:
-        loss, correct = forward_loss(run, batch)
+        loss, correct = forward_loss(run.training, batch)
         return torch.tensor([loss.item(), correct.item(), 0 if piece else batch.num_trained], dtype=torch.float64)
 
     loss, correct, num_trained = over_held_out(run, sums, 3).sum((0, 1)).tolist()
     return loss / num_trained, correct / num_trained
 
 
-def predict(run: Training) -> torch.Tensor:
-    """What the model makes of each held-out row, in their order: float32 (rows, ...). Collective.
+def predict(run: Run) -> torch.Tensor:
+    """The model's answer for each held-out row, in their order: float32 (rows, width). Collective.
 
-    Of SEQ_CLS the logits of the classes. Of the others 1 where the highest logit is the label at every trained token,
-    so where greedy decoding would give exactly the completion; else 0.
+    SEQ_CLS: the class logits. Other tasks: 1.0 if greedy decoding would reproduce the target exactly, otherwise 0.0.
     """
-    task, classes = run.micro_batches.task, run.model.config.num_labels
+    task, classes = run.training.micro_batches.task, run.model.config.num_labels
     width = classes if task.name == "SEQ_CLS" else 1
 
     def judge(piece: int, batch: MicroBatch) -> torch.Tensor:
@@ -82,29 +81,43 @@ def predict(run: Training) -> torch.Tensor:
 
     batches = held_out_batches(run)
     found = over_held_out(run, judge, width * run.config.per_device_eval_batch_size)[:, 0]
-    predictions = torch.empty(len(run.eval_rows), width)
+    predictions = torch.empty(len(run.held_out), width)
     for rows, of_batch in zip(batches, found, strict=True):
         predictions[rows] = of_batch.view(-1, width)[: len(rows)].float()
     return predictions
 
 
-def held_out_labels(run: Training) -> torch.Tensor:
-    """The labels of SEQ_CLS's held-out rows, in their order: int64 (rows, labels)."""
-    return torch.stack([torch.as_tensor(row["labels"]) for row in run.eval_rows])
+def held_out_labels(run: Run) -> torch.Tensor:
+    """SEQ_CLS: the labels of the held-out rows, in their order. int64 (rows, labels)."""
+    return torch.stack([torch.as_tensor(row["labels"]) for row in run.held_out])
 
 
-def complete_samples(run: Training) -> list[dict[str, str | None]]:
-    """Greedy completions of `--sample_prompt` and of the first held-out rows, with what those go on with. Collective.
+def f1_scores(predicted_NC: torch.Tensor, true_NC: torch.Tensor) -> dict[str, float]:
+    """Micro and macro F1 of rows that may have several classes. Two bool tensors (rows, classes).
 
-    {"prompt", "reference", "completion"}. Of a row that is trained from its start, the first half is the prompt.
+    "micro_f1" counts all decisions together; "macro_f1" is the mean of the classes' own scores, where a class that is
+    neither predicted nor true scores 0.
+    """
+    hits_C = (predicted_NC & true_NC).sum(0).double()
+    named_C = (predicted_NC.sum(0) + true_NC.sum(0)).double()  # F1 = 2 hits / (predicted + true)
+    of_class_C = torch.where(named_C > 0, 2 * hits_C / named_C.clamp(min=1), 0.0)
+    micro = 2 * hits_C.sum() / named_C.sum().clamp(min=1)
+    return {"micro_f1": micro.item(), "macro_f1": of_class_C.mean().item()}
+
+
+def complete_samples(run: Run) -> list[dict[str, str | None]]:
+    """Greedy completions of `--sample_prompt` and of the first `--num_eval_samples` held-out rows. Collective.
+
+    Returns dicts with "prompt", "reference" (the row's own completion; None for `--sample_prompt`) and "completion". If
+    a row is trained from its first token on, its first half is taken as the prompt.
     """
     samples, decode = [], partial(run.tokenizer.decode, skip_special_tokens=True)
     if run.config.sample_prompt:
-        # The space that ends a prompt belongs to the next word's token: leave it to the model.
+        # The space at the end of a prompt belongs to the next word's token, so the model has to write it.
         samples.append((run.tokenizer(run.config.sample_prompt.rstrip())["input_ids"], None))
-    if not run.micro_batches.task.has_classes:
-        for i in range(min(run.config.num_eval_samples, len(run.eval_rows or ()))):
-            prompt, reference = _cut(run.eval_rows[i], run.micro_batches.task)
+    if not run.training.micro_batches.task.has_classes:
+        for i in range(min(run.config.num_eval_samples, len(run.held_out or ()))):
+            prompt, reference = _cut(run.held_out[i], run.training.micro_batches.task)
             samples.append((prompt, decode(reference[:MAX_NEW_TOKENS])))
     return [
         {"prompt": decode(prompt).rstrip(), "reference": reference, "completion": decode(complete(run, prompt))}
@@ -113,7 +126,7 @@ def complete_samples(run: Training) -> list[dict[str, str | None]]:
 
 
 def _cut(row: dict, task: Task) -> tuple[list[int], list[int]]:
-    """The tokens of a row that are given, and those that are to be written."""
+    """(tokens of a row that are given to the model, tokens that it has to write)."""
     ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
     if task.labels_each_token:
         first = next(t for t, label in enumerate(labels) if label != IGNORE_INDEX)
@@ -123,15 +136,15 @@ def _cut(row: dict, task: Task) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def complete(run: Training, prompt: list[int]) -> list[int]:
-    """The tokens that the model goes on with. Collective: every rank generates the same ones in lockstep."""
+def complete(run: Run, prompt: list[int]) -> list[int]:
+    """The token ids that the model continues the prompt with. Collective: all ranks generate the same ones together."""
     watchdog.still_moving()
-    prompt_BT = torch.tensor([prompt], device=run.accelerator.device)
+    prompt_BT = torch.tensor([prompt], device=run.device)
     run.model.eval()
     with run.accelerator.autocast():
         out = run.model.generate(
             input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS, use_cache=not run.pipeline,
+            max_new_tokens=MAX_NEW_TOKENS, use_cache=not run.training.pipeline,
             pad_token_id=run.tokenizer.pad_token_id, eos_token_id=run.tokenizer.eos_token_id,
         )  # fmt: skip
     run.model.train()
