@@ -22,8 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import header, table
-from ranks import fork_ranks, forked_ranks
+from common import header, recipe_ranks, run_recipe, table
 
 from lora_dist.files import is_complete
 from lora_dist.run.folder import RunFolder
@@ -110,7 +109,7 @@ class Bench:
         if begun:  # as it was begun, whatever the ranks are now
             flags += accumulation(folder.read_state()["begun"]["num_ranks"])
         self.lives += 1
-        with forked_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=ENV, patch=mark_phases(phase)) as ranks:
+        with recipe_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=ENV, patch=mark_phases(phase)) as ranks:
             hit = not undisturbed and self._wait_for(ranks, phase, target)
             if hit:
                 self.faults[kind] += 1
@@ -217,8 +216,7 @@ def main() -> None:
         try:
             whole = RunFolder(Path(root, "whole"))
             flags = (*FLAGS, *accumulation(2), "--output_dir", str(whole.root))
-            ended = fork_ranks(*flags, strategy="fsdp", env=ENV)
-            assert [code for code, _, _ in ended] == [0, 0], ended
+            run_recipe(*flags, strategy="fsdp", env=ENV)
             bench = Bench(args.seed, disk)
             while bench.faults.total() < args.faults or RunFolder(disk / "run").state.exists():
                 bench.life(RunFolder(disk / "run"), whole, undisturbed=bench.faults.total() >= args.faults)

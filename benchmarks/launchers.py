@@ -2,30 +2,39 @@
 
     python benchmarks/launchers.py [--rounds 3]
 
-Needs root and Slurm (apt-get install slurm-wlm munge), not a cluster: it starts one in namespaces (tests/slurm).
+Needs a Slurm whose machines are parts of this one, as the ranks are killed from here. The tests have such a Slurm, of
+namespaces; with root, slurm-wlm and munge the benchmark runs in it:
+
+    python -m tests.helpers.slurm_cluster python benchmarks/launchers.py
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests/slurm"))
-from cluster import Cluster, until  # noqa: E402
+from common import ROOT, wait_until
+
+from lora_dist.cluster.slurm import job_fields
+from lora_dist.cluster.submission import ENDED
 
 FLAGS = "--max_steps 400 --warmup_steps 2 --report_to none --eval_fraction 0 --dataset_test_split none"
 FLAGS += " --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
 
 
-def submit(cluster: Cluster, launcher: str, root: Path, *flags: str) -> tuple[str, Path]:
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def submit(launcher: str, root: Path, *flags: str) -> tuple[str, Path]:
     command = [f"{sys.prefix}/bin/lora-dist", "submit", "--nodes", "2", "--ranks-per-node", "2", "--time", "20"]
     command += ["--preflight", "false", "--prepare", "no", "--launcher", launcher, "--max-requeues", "0", "--json"]
-    done = cluster.run(*command, "recipes/opt_quotes.py", "--output_dir", str(root), *FLAGS.split(), *flags)
+    done = run(*command, "recipes/opt_quotes.py", "--output_dir", str(root), *FLAGS.split(), *flags)
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout)
     return submitted["job_id"], Path(submitted["log"])
@@ -36,36 +45,36 @@ def steps(root: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def of_one(cluster: Cluster, launcher: str, folder: Path) -> dict:
+def of_one(launcher: str, folder: Path) -> dict:
     measured, root = {}, folder / "saved"
-    job, log = submit(cluster, launcher, root)
-    cluster.wait(job, "RUNNING")
+    job, log = submit(launcher, root)
+    wait_until(lambda: job_fields(job).get("JobState") == "RUNNING", 120)
     started = time.time()
-    until(lambda: steps(root), 120)
+    wait_until(lambda: steps(root), 120)
     measured["to the first step, s"] = steps(root)[0]["time"] - started
     asked = time.time()
-    assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    until(lambda: "the ranks left" in log.read_text(), 60)
+    assert run("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    wait_until(lambda: "the ranks left" in log.read_text(), 60)
     measured["from USR1 to all gone, s"] = time.time() - asked
     assert "left with 0; the run is preempted" in log.read_text(), log.read_text()
-    cluster.run("scancel", job)
-    cluster.wait(job)
+    run("scancel", job)
+    wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
 
     root = folder / "killed"
-    job, log = submit(cluster, launcher, root)
-    until(lambda: steps(root), 120)
+    job, log = submit(launcher, root)
+    wait_until(lambda: steps(root), 120)
     size, killed = log.stat().st_size, time.time()
-    cluster.run("pkill", "-9", "-n", "-f", "python3* .*opt_quotes.py --config.*killed")
-    until(lambda: "the ranks left" in log.read_text(), 120)
+    run("pkill", "-9", "-n", "-f", "python3* .*opt_quotes.py --config.*killed")
+    wait_until(lambda: "the ranks left" in log.read_text(), 120)
     measured["from a rank's SIGKILL to all gone, s"] = time.time() - killed
     measured["lines that it logs"] = len(log.read_bytes()[size:].splitlines())
-    cluster.run("scancel", job)
-    cluster.wait(job)
+    run("scancel", job)
+    wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
 
-    job, log = submit(cluster, launcher, folder / "bad", "--lora_target_modules", "no_such")
-    until(lambda: log.exists() and "the ranks left" in log.read_text(), 120)
+    job, log = submit(launcher, folder / "bad", "--lora_target_modules", "no_such")
+    wait_until(lambda: log.exists() and "the ranks left" in log.read_text(), 120)
     measured["exit code of bad input"] = int(log.read_text().split("left with ")[1].split(";")[0])
-    cluster.wait(job)
+    wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
     return measured
 
 
@@ -75,10 +84,10 @@ def main():
     rounds = parser.parse_args().rounds
     os.chdir(ROOT)
     found = {"srun": [], "accelerate": []}
-    with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for launcher in found:
-                found[launcher].append(of_one(cluster, launcher, Path(folder) / f"{launcher}-{number}"))
+                found[launcher].append(of_one(launcher, Path(folder) / f"{launcher}-{number}"))
                 print(launcher, found[launcher][-1], flush=True)
     print("\n| median of", rounds, "| " + " | ".join(found) + " |\n|---|---|---|")
     for name in found["srun"][0]:

@@ -73,14 +73,12 @@ def main():
     raw, rows = [], []
     for quantization in ("int8", "nf4"):
         cache = folder / quantization
-        run_ranks(on_rank, 2, ours, quantization, base, cache, timeout_s=600)  # writes the cache
+        run_ranks(on_rank, 2, ours, quantization, base, cache)  # writes the cache
         for num_ranks in (2, 4):
             results = {kind: [] for kind in kinds}
             for _ in range(REPEATS):
                 for kind, (load, cached) in kinds.items():
-                    ranks = run_ranks(
-                        on_rank, num_ranks, load, quantization, base, cache if cached else None, timeout_s=600
-                    )
+                    ranks = run_ranks(on_rank, num_ranks, load, quantization, base, cache if cached else None)
                     results[kind].append(max(rank[0] for rank in ranks))
                     worst = [max(values) for values in zip(*ranks, strict=True)]
                     sofar = results.get(kind + " worst", worst)

@@ -8,27 +8,21 @@ The ranks meet before they gather, uncounted: a rank that is early waits there a
 """
 
 import json
-import os
+import pkgutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
-os.chdir(ROOT)
-
-import conftest  # noqa: E402, F401
-from ranks import fork_ranks  # noqa: E402
+from common import run_recipe
 
 FLAGS = "--max_steps 40 --warmup_steps 2 --eval_fraction 0 --dataset_test_split none --save_steps 0 --sample_prompt"
-PARTS = {
-    "train.rank_metrics": "the ranks' numbers, gathered",
-    "train.step_metrics": "the step's numbers",
-    "metrics.MetricsLog.log": "metrics.jsonl and the mirror",
-    "progress.ProgressLine.update": "the line for people",
-    "tasks.Task.num_correct": "tokens that are right",
+PARTS = {  # of lora_dist
+    "training.loop:rank_metrics": "the ranks' numbers, gathered",
+    "training.loop:step_metrics": "the step's numbers",
+    "tracking.metrics:MetricsLog.log": "metrics.jsonl and the mirror",
+    "training.terminal:ProgressLine.update": "the line for people",
+    "data.tasks:Task.num_correct": "tokens that are right",
 }
 
 
@@ -58,11 +52,9 @@ def clocked(folder: Path):
             setattr(owner, name, timed)
 
         for key in PARTS:
-            module, *path = key.split(".")
-            owner = sys.modules[f"lora_dist.{module}"]
-            for part in path[:-1]:
-                owner = getattr(owner, part)
-            clock(owner, path[-1], key)
+            module, path = key.split(":")
+            owner, _, name = path.rpartition(".")
+            clock(pkgutil.resolve_name(f"lora_dist.{module}:{owner}"), name, key)
         clock(lora_dist.training.loop, "train_step", "step")
         update = lora_dist.training.loop.ProgressLine.update
 
@@ -83,8 +75,7 @@ def measure(report_to: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         flags = [*FLAGS.split(), "", "--report_to", report_to, "--output_dir", f"{name}/run"]
         env = {"ACCELERATE_MIXED_PRECISION": "bf16", "WANDB_MODE": "offline"}
-        ended = fork_ranks(*flags, strategy="fsdp", env=env, patch=clocked(Path(name)), timeout_s=300)
-        assert [code for code, _, _ in ended] == [0, 0], ended
+        run_recipe(*flags, strategy="fsdp", env=env, patch=clocked(Path(name)))
         steps = json.loads(Path(f"{name}/steps.json").read_text())[5:]
     return {key: 1000 * statistics.median(step[key] for step in steps) for key in steps[0]}
 

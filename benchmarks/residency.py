@@ -22,12 +22,12 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import base_bytes, load_base, meta_model
+from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.memory import base_bytes
 from lora_dist.model.placement import peak_bytes
 from lora_dist.parallel.fsdp import gathered_bytes
 from lora_dist.parallel.strategies import Placement
-from lora_dist.run.folder import RunFolder
-from lora_dist.training.step import Training, train_step
+from lora_dist.training.step import build_training, train_step
 
 NUM_LAYERS, HIDDEN, VOCAB, ACCUMULATION, STEPS, ROUNDS, LENGTH = 12, 512, 8000, 4, 3, 3, 64
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
@@ -44,10 +44,10 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def peak_of_live_bytes(run, step) -> int:
+def peak_of_live_bytes(training, step) -> int:
     """Highest sum of the allocator's events in one step, above what was alive at its start."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        train_step(run, step)
+        train_step(training, step)
     alive = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -67,17 +67,17 @@ def on_rank(rank, placement, base, folder):
     ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
     rows = Rows.of([(row, row) for row in ids])
     batches = MicroBatches(rows, pad_token_id=0, seed=1, sequences=2, per_step=ACCUMULATION * dist.get_world_size())
-    run = Training(model, None, config, accelerator, batches, Rows.of([]), RunFolder(folder), held)
+    training = build_training(model, config, accelerator, batches, Placement(**placement))
     model.train()
-    results = [train_step(run, 0)]
+    results = [train_step(training, 0)]
     before, times = gathered_bytes(model), []
     for step in range(1, 1 + STEPS):
         started = time.perf_counter()
-        results.append(train_step(run, step))
+        results.append(train_step(training, step))
         times.append(time.perf_counter() - started)
     gathered = (gathered_bytes(model) - before) // STEPS
-    alive = held.per_rank + 3 * 4 * sum(p.numel() for p in run.params)  # with the adapters and AdamW's moments
-    peak = alive + peak_of_live_bytes(run, 1 + STEPS)
+    alive = held.per_rank + 3 * 4 * sum(p.numel() for p in training.params)  # with the adapters and AdamW's moments
+    peak = alive + peak_of_live_bytes(training, 1 + STEPS)
     return median(times), gathered, held.per_rank, peak, [(r.loss, r.grad_norm) for r in results]
 
 
@@ -87,7 +87,7 @@ def main():
     skeleton, times, facts = meta_model(str(base), "int8", DTYPE), {}, {}
     for _ in range(ROUNDS):
         for name, placement in PLACEMENTS.items():
-            ranks = run_ranks(on_rank, 2, placement, base, folder, timeout_s=600)
+            ranks = run_ranks(on_rank, 2, placement, base, folder)
             times.setdefault(name, []).append(max(rank[0] for rank in ranks))
             facts[name] = ranks[0]
     assert all(fact[4] == facts["0 resident"][4] for fact in facts.values()), "the trajectories differ"

@@ -9,21 +9,14 @@ out. In a network namespace of its own all bytes of the loopback device are the 
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
-os.chdir(ROOT)
+from common import run_recipe
 
-import conftest  # noqa: E402, F401
-from ranks import fork_ranks  # noqa: E402
-
-from lora_dist.training import loop  # noqa: E402
+from lora_dist.training import loop
 
 FLAGS = "--max_steps 6 --warmup_steps 2 --report_to none --eval_fraction 0 --dataset_test_split none --save_steps 0"
 FLAGS += " --gradient_accumulation_steps 1 --per_device_train_batch_size 1 --sample_prompt"
@@ -47,19 +40,19 @@ def count_into(folder: Path):
             marks.append((time.process_time(), loopback_bytes()))
             (folder / f"{rank}.json").write_text(json.dumps(marks))
 
-        open_session, prepare, step = session.open_session, session.prepare_training, loop.train_step
+        joined_run, load, step = session.joined_run, session.load_training, loop.train_step
 
         @contextlib.contextmanager
-        def opened(*args):
+        def joined(*args):
             marks[:] = [(time.process_time(), loopback_bytes())]
-            with open_session(*args) as what:
+            with joined_run(*args) as what:
                 mark()
                 yield what
 
-        def prepared(*args):
-            run = prepare(*args)
+        def loaded(*args):
+            what = load(*args)
             mark()
-            return run
+            return what
 
         def stepped(*args):
             result = step(*args)
@@ -67,7 +60,7 @@ def count_into(folder: Path):
                 mark()
             return result
 
-        session.open_session, session.prepare_training, loop.train_step = opened, prepared, stepped
+        session.joined_run, session.load_training, loop.train_step = joined, loaded, stepped
 
     return patch
 
@@ -83,8 +76,7 @@ def main():
             strategy = "fsdp" if num_ranks > 1 else "ddp"
             env = {"ACCELERATE_MIXED_PRECISION": "bf16"}
             patch = count_into(Path(name))
-            ended = fork_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=env, patch=patch, timeout_s=300)
-            assert [code for code, _, _ in ended] == [0] * num_ranks, ended
+            run_recipe(*flags, num_ranks=num_ranks, strategy=strategy, env=env, patch=patch)
             marks = [json.loads(Path(f"{name}/{rank}.json").read_text()) for rank in range(num_ranks)]
         cells = [str(num_ranks)]
         for phase in range(len(PHASES)):

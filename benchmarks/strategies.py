@@ -23,10 +23,10 @@ from residency import CONFIG, CPU, DTYPE, HIDDEN, LENGTH, NUM_LAYERS, VOCAB
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows
 from lora_dist.model.adapters import add_adapters, fingerprint
-from lora_dist.model.load import base_bytes, load_base
+from lora_dist.model.load import load_base
+from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.strategies import Placement
-from lora_dist.run.folder import RunFolder
-from lora_dist.training.step import Training, train_step
+from lora_dist.training.step import build_training, train_step
 
 PER_STEP, STEPS, ROUNDS, COUNTER = 8, 3, 3, Path("/sys/class/net/lo/statistics/tx_bytes")
 
@@ -59,16 +59,16 @@ def on_rank(rank, placement, base, folder):
     ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
     rows = Rows.of([(row, row) for row in ids])
     batches = MicroBatches(rows, pad_token_id=0, seed=1, sequences=2, per_step=PER_STEP)
-    run = Training(model, None, config, accelerator, batches, Rows.of([]), RunFolder(folder), held, placement)
+    training = build_training(model, config, accelerator, batches, placement)
     model.train()
     for step in range(2):  # DeepSpeed learns the order of modules in its first passes
-        train_step(run, step)
+        train_step(training, step)
     if dist.is_initialized():
         dist.barrier()
     before, times = int(COUNTER.read_text()), []
     for step in range(2, 2 + STEPS):
         started = time.perf_counter()
-        train_step(run, step)
+        train_step(training, step)
         times.append(time.perf_counter() - started)
     if dist.is_initialized():
         dist.barrier()
@@ -82,7 +82,7 @@ def main():
     times, facts = {}, {}
     for _ in range(ROUNDS):
         for name, (num_ranks, placement) in PLACEMENTS.items():
-            ranks = run_ranks(on_rank, num_ranks, placement, base, folder, timeout_s=600)
+            ranks = run_ranks(on_rank, num_ranks, placement, base, folder)
             times.setdefault(name, []).append(max(rank[0] for rank in ranks))
             facts[name] = ranks[0]
     shutil.rmtree(folder)

@@ -1,9 +1,9 @@
 """Run a function on N gloo ranks inside a test, or a recipe through its launcher."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -180,8 +180,7 @@ def _forked_recipe(recipe, rank, num_ranks, flags, env, folder, patch):
     try:
         if patch:
             patch(rank)
-        module = importlib.import_module(recipe)
-        module.run_recipe(module.main, module.CONFIG, description=module.__doc__)  # ends the process
+        runpy.run_path(str(ROOT / f"recipes/{recipe}.py"), run_name="__main__")  # ends the process
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,12 +2,15 @@
 
 Each machine has its own host name, network, mounts and processes, and can be switched off. Nothing outside the folder
 and the namespaces is touched, and all of it ends with the controller's first process, also when the tests are killed.
+
+    python -m tests.helpers.slurm_cluster COMMAND...    runs a command on the controller of a new cluster
 """
 
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -165,8 +168,12 @@ class Cluster:
 
     def run(self, *command: str, env: dict | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
         """A command on the controller, from the current folder."""
-        enter = ["nsenter", "-t", str(self._init), "-n", "-u", "-m", "-p", f"--wd={os.getcwd()}", *command]
-        return subprocess.run(enter, env=self.env | (env or {}), capture_output=True, text=True, timeout=timeout_s)
+        env = self.env | (env or {})
+        return subprocess.run(self.enter(*command), env=env, capture_output=True, text=True, timeout=timeout_s)
+
+    def enter(self, *command: str) -> list[str]:
+        """The words that run a command in the namespaces of the controller."""
+        return ["nsenter", "-t", str(self._init), "-n", "-u", "-m", "-p", f"--wd={os.getcwd()}", *command]
 
     def idle_nodes(self, partition: str) -> int:
         words = self.run(
@@ -210,3 +217,11 @@ def until(condition, timeout_s: float, describe=lambda: ""):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {describe()}"
         time.sleep(0.1)
     return value
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(f"error: no Slurm can be started here: {reason}")
+    with Cluster() as new:
+        done = subprocess.run(new.enter(*sys.argv[1:]), env=new.env)
+    sys.exit(done.returncode)
