@@ -20,9 +20,9 @@ from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows, prepare_rows
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import base_bytes, load_base
+from lora_dist.model.load import load_base
 from lora_dist.parallel.strategies import Placement
-from lora_dist.training.step import Training, train_step
+from lora_dist.training.step import Training, build_training, train_step
 
 STEPS, MAX_LENGTH = 12, 512
 KINDS = {  # sequences of a micro-batch, micro-batches of a step, order
@@ -39,14 +39,13 @@ def make_run(kind: str, config: TrainConfig, rows: Rows, tokenizer, device: torc
     dtype = torch.bfloat16
     name = config.model_name_or_path
     base = load_base(name, quantization="int8", dtype=dtype, device=device, placement=Placement())
-    held, model = base_bytes(base), add_adapters(base, config)
+    model = add_adapters(base, config)
     batches = MicroBatches(
         rows, pad_token_id=tokenizer.pad_token_id, seed=0, sequences=sequences, per_step=per_step, **order
     )
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
-    run = Training(model, tokenizer, config, accelerator, batches, Rows.of([]), None, held)
-    run.model.train()
-    return run
+    model.train()
+    return build_training(model, config, accelerator, batches, Placement())
 
 
 def histogram(lengths, width: int = 40) -> str:

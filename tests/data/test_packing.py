@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import FalconConfig
 
 from lora_dist.data.micro_batches import MicroBatches, collate, model_inputs
@@ -13,12 +12,13 @@ from lora_dist.data.packing import check_packing, join, prepare_packing
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters, probe_logits, trainable_parameters
-from lora_dist.model.load import base_bytes, meta_model
+from lora_dist.model.load import meta_model
 from lora_dist.parallel.strategies import Placement
-from lora_dist.training.step import Training, check_isolation
+from lora_dist.training.step import check_isolation
 from tests.helpers.families import CONFIGS, make_checkpoint
 from tests.helpers.parity import batch_of, load_placed, randomize, rows_of
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import start_run
 
 DOCUMENTS = [list(range(5, 17)), list(range(30, 37)), [99, 98], list(range(5, 25)), list(range(50, 59))]
 FAMILIES = [family for family in CONFIGS if not family.endswith("tied")]
@@ -70,10 +70,10 @@ def test_a_model_that_takes_no_such_mask_is_refused(config, tmp_path, monkeypatc
 
 def _refused_on_rank(rank, config, path):
     base = load_placed(Placement(), "int8", torch.float32, path)
-    held, model = base_bytes(base), add_adapters(base, config)
+    model = add_adapters(base, config)
     batches = MicroBatches(rows_of(DOCUMENTS), pad_token_id=1, seed=0, sequences=1, per_step=1, pack_to=64)
     try:
-        Training(model, None, config, Accelerator(cpu=True), batches, rows_of([]), None, held)
+        start_run(model, config, batches)
     except UserError as error:
         return str(error)
 

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -21,14 +20,16 @@ from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters, fingerprint, is_trained, save_adapter, trainable_parameters
-from lora_dist.model.load import base_bytes, load_base, meta_model
+from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantize_model import quantized_share
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.evaluation import evaluate, held_out_labels, predict
-from lora_dist.training.step import Training, train_step
+from lora_dist.training.step import train_step
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import CPU, zero
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import start_run
 
 CLASSES = ["one", "two", "three", "four", "five"]
 # Labels of a row of so many tokens.
@@ -76,9 +77,9 @@ def _train_on_rank(rank, config, kind, path, placement, folder):
     model.config.pad_token_id = 0
     model = add_adapters(model, config)
     batches = MicroBatches(make_rows(kind), pad_token_id=0, seed=0, sequences=3, per_step=4, task=task, num_epochs=1)
-    run = Training(model, None, config, Accelerator(cpu=True), batches, make_rows(kind), None, base, placement)
+    run = start_run(model, config, batches, held_out=make_rows(kind), placement=placement)
     model.train()
-    steps = [train_step(run, step) for step in range(batches.num_steps)]
+    steps = [train_step(run.training, step) for step in range(batches.num_steps)]
     if rank == 0 and folder:
         save_adapter(model, load_tokenizer("embedded"), folder)
     figures = [(s.loss, s.grad_norm, s.num_trained_tokens) for s in steps]

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from lora_dist.data.formats import load_tokenizer
@@ -20,12 +19,11 @@ from lora_dist.model.adapters import (
     trainable_parameters,
     verify_adapter,
 )
-from lora_dist.model.load import base_bytes, meta_model
-from lora_dist.run.folder import RunFolder
-from lora_dist.training.step import Training
+from lora_dist.model.load import meta_model
 from tests.helpers.families import make_checkpoint
-from tests.helpers.parity import CPU, batch_of, load_sharded, load_unsharded, loss_and_gradients, randomize, rows_of
+from tests.helpers.parity import batch_of, load_sharded, load_unsharded, loss_and_gradients, randomize, rows_of
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import start_run
 
 # name: (family, settings, parameters that train beside lora_A and lora_B)
 OPTIONS = {
@@ -50,7 +48,7 @@ def _on_rank(rank, config, quantization, path, folder):
     model = load_sharded(quantization, path=path, config=config)
     assert dist.get_world_size() == 2
     model = _adapted(config, model, perturb=False)
-    check_identical(model, CPU)
+    check_identical(model)
     fresh = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor) != (param.requires_grad or is_trained(config, name)), name
@@ -102,10 +100,10 @@ def test_modules_that_cannot_be_trained_whole_are_refused(config, tmp_path, fami
 
 def _learning_rates_on_rank(rank, config, folder):
     model = load_sharded("int8")
-    base, model = base_bytes(model), add_adapters(model, config)
+    model = add_adapters(model, config)
     batches = MicroBatches(rows_of([[1, 2]]), pad_token_id=0, seed=0, sequences=1, per_step=1)
-    run = Training(model, None, config, Accelerator(cpu=True), batches, rows_of([]), RunFolder(folder), base)
-    lr_of = {id(param): group["initial_lr"] for group in run.optimizer.param_groups for param in group["params"]}
+    training = start_run(model, config, batches).training
+    lr_of = {id(param): group["initial_lr"] for group in training.optimizer.param_groups for param in group["params"]}
     return {name: lr_of[id(param)] for name, param in trainable_parameters(model).items()}
 
 

@@ -25,7 +25,7 @@ def _train_on_rank(rank, config, path, placement):
     lengths = []
     decoder_layers(run.model)[0].register_forward_hook(lambda layer, args, output: lengths.append(output.shape[1]))
     run.model.train()
-    steps = [train_step(run, step) for step in range(2)]
+    steps = [train_step(run.training, step) for step in range(2)]
     figures = [(s.loss, s.grad_norm, s.num_trained_tokens, s.num_tokens, s.num_positions) for s in steps]
     adapter = {name: param.detach().clone() for name, param in trainable_parameters(run.model).items()}
     return figures, evaluate(run), adapter, fingerprint(run.model).hex(), max(lengths)

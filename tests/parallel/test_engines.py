@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.model.adapters import fingerprint
-from lora_dist.model.load import base_bytes
-from lora_dist.model.quantization import packed_weights
+from lora_dist.model.memory import base_bytes
+from lora_dist.model.quantization import quantized_weights
 from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.pipeline import RETURN_TUPLES, schedule
@@ -31,7 +31,7 @@ def _train_on_rank(rank, config, path, placement):
     """2 steps and an evaluation: (adapter sha256, [(loss, gradient norm)], evaluation)."""
     run = make_run(config, load_placed(placement, config.quantization, torch.float32, path), placement)
     run.model.train()
-    steps = [train_step(run, step) for step in range(2)]
+    steps = [train_step(run.training, step) for step in range(2)]
     return fingerprint(run.model).hex(), [(s.loss, s.grad_norm) for s in steps], evaluate(run)
 
 
@@ -58,7 +58,7 @@ def test_families_train_as_on_one_rank(config, tmp_path, family):
 def _train_packed_on_rank(rank, config, path, placement):
     run = make_run(config, load_placed(placement, config.quantization, torch.bfloat16, path), placement, "bf16")
     run.model.train()
-    steps = [train_step(run, step) for step in range(2)]
+    steps = [train_step(run.training, step) for step in range(2)]
     padding = [1 - s.num_tokens / s.num_positions for s in steps]
     return fingerprint(run.model).hex(), [(s.loss, s.grad_norm, s.num_trained_tokens) for s in steps], max(padding)
 
@@ -97,7 +97,7 @@ def _watch_zero3_on_rank(rank, config, zero_optimization):
     run = make_run(config, model, placement, "bf16")
     run.model.train()
     for step in range(2):
-        train_step(run, step)
+        train_step(run.training, step)
     assert len(seen) == 2 * G // 2 * (2 * len(layers) - 1)  # backward ends in the first layer, which has no hook then
     biggest = max(base_bytes(layer).total for layer in layers)
     return loaded, max(seen), alive(), biggest, base, sum(vectors.values())
@@ -127,14 +127,14 @@ def _rows_on_rank(rank, config, placement):
     """Rows that entered the model in a step's forwards on this rank, and the state of the optimizer in numbers."""
     run = make_run(config, load_placed(placement, config.quantization, torch.float32), placement)
     rows, layers = [], decoder_layers(run.model)
-    first = layers[run.pipeline.layers.start if run.pipeline else 0]
+    first = layers[run.training.pipeline.layers.start if run.training.pipeline else 0]
     first.register_forward_hook(lambda layer, args, output: rows.append(len(output)))
     assert not config.gradient_checkpointing  # recomputed rows would count twice
     run.model.train()
-    train_step(run, 0)
-    optimizer = run.zero2.optimizer.optimizer if run.zero2 else run.optimizer
+    train_step(run.training, 0)
+    optimizer = run.training.zero2.optimizer.optimizer if run.training.zero2 else run.training.optimizer
     state = sum(t.numel() for s in optimizer.state.values() for n, t in s.items() if n.startswith("exp_avg"))
-    return sum(rows), state, sum(p.numel() for p in run.params)
+    return sum(rows), state, sum(p.numel() for p in run.training.params)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "pipeline"])
@@ -170,14 +170,14 @@ def _sent_on_rank(rank, config):
     placement = Placement(stages=dist.get_world_size())
     run = make_run(config, load_placed(placement, "int8", torch.float32), placement)
     run.model.train()
-    train_step(run, 0)
-    shapes = [run.micro_batches(0, index).input_ids_BT.shape for index in range(G)]
-    elsewhere = [layer for i, layer in enumerate(decoder_layers(run.model)) if i not in run.pipeline.layers]
+    train_step(run.training, 0)
+    shapes = [run.training.micro_batches(0, index).input_ids_BT.shape for index in range(G)]
+    elsewhere = [layer for i, layer in enumerate(decoder_layers(run.model)) if i not in run.training.pipeline.layers]
     packed = [
-        part for layer in elsewhere for m in layer.modules() for p in packed_weights(m).values() for part in p.parts(m)
+        part for layer in elsewhere for m in layer.modules() for p in quantized_weights(m).values() for part in p.parts(m)
     ]
     assert packed and all(part.untyped_storage().nbytes() <= 4 for part in packed)
-    return run.pipeline.bytes_sent, sum(shape.numel() for shape in shapes) * run.model.config.hidden_size * 4
+    return run.training.pipeline.bytes_sent, sum(shape.numel() for shape in shapes) * run.model.config.hidden_size * 4
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import base_bytes
+from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantization import FrozenLinear
 from lora_dist.parallel.fsdp import decoder_layers, gathered_bytes, release, sharded_modules
 from tests.helpers.families import make_checkpoint

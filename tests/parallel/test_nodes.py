@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lora_dist.model.load import base_bytes
+from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.fsdp import decoder_layers
 from tests.helpers.ranks import ROOT
 

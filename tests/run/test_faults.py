@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.config import TrainConfig, parse_config
+from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import prepare_rows
+from lora_dist.flags import parse_config
 from lora_dist.run.folder import RunFolder
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training import loop

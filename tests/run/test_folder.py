@@ -12,7 +12,7 @@ from lora_dist.errors import NothingToDo, UserError
 from lora_dist.files import MANIFEST, write_manifest
 from lora_dist.run import folder as run_folder_module
 from lora_dist.run.folder import STEP, RunFolder
-from lora_dist.run.resume import open_run
+from lora_dist.run.resume import begin_or_resume
 
 BEGUN = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16", "rows": "abc"}
 
@@ -22,7 +22,7 @@ def begun(config, tmp_path, monkeypatch):
     """A config, and the folder of a run that was begun with it; this process takes no locks."""
     monkeypatch.setattr(run_folder_module.fcntl, "flock", lambda *_: None)
     config = dataclasses.replace(config, output_dir=str(tmp_path / "run"), save_steps=2)
-    folder, _ = open_run(config, "opt_quotes", dict(BEGUN), 2)
+    folder, _ = begin_or_resume(config, "opt_quotes", dict(BEGUN), 2)
     return config, folder
 
 
@@ -37,7 +37,8 @@ def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
 
 
 def opened(config: TrainConfig, begun: dict | None = None, num_shares: int = 2, **changes) -> RunFolder:
-    folder, notes = open_run(dataclasses.replace(config, **changes), "opt_quotes", BEGUN | (begun or {}), num_shares)
+    config, begun = dataclasses.replace(config, **changes), BEGUN | (begun or {})
+    folder, notes = begin_or_resume(config, "opt_quotes", begun, num_shares)
     folder.notes = notes
     return folder
 

@@ -168,14 +168,14 @@ def test_the_loss_scaler_goes_on(tmp_path):
 
             import lora_dist.training.session as session
 
-            prepare = session.prepare_training
+            start = session.start_ranks
 
-            def prepare_training(*args):
-                run = prepare(*args)
-                run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
-                return run
+            def start_ranks(*args):
+                accelerator = start(*args)
+                accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+                return accelerator
 
-            session.prepare_training = prepare_training
+            session.start_ranks = start_ranks
             then(rank)
 
         return patch

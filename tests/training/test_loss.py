@@ -4,20 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from lora_dist.data.micro_batches import MicroBatches, collate
 from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import CAUSAL_LM, IGNORE_INDEX
 from lora_dist.model.adapters import add_adapters, trainable_parameters
-from lora_dist.model.load import base_bytes
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.evaluation import evaluate
-from lora_dist.training.step import Training, train_step
+from lora_dist.training.step import train_step
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import load_placed, randomize
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import start_run
 
 ORDERS = {"random": {}, "packed": {"pack_to": 80}, "grouped": {"group_by_length": True}}
 
@@ -39,12 +38,11 @@ def make_model(config, base):
 
 def _on_rank(rank, config, path, settings):
     base = load_placed(Placement(), "none", torch.float32, path)
-    held = base_bytes(base)
     batches = MicroBatches(rows(), pad_token_id=1, seed=0, sequences=2, per_step=6, num_epochs=1, **settings)
-    run = Training(make_model(config, base), None, config, Accelerator(cpu=True), batches, rows(), None, held)
+    run = start_run(make_model(config, base), config, batches, held_out=rows())
     evaluation = evaluate(run)
     assert batches.num_steps in (1, 2)
-    steps = [train_step(run, step) for step in range(batches.num_steps)]
+    steps = [train_step(run.training, step) for step in range(batches.num_steps)]
     ids = [
         [i for index in range(6) for row in batches.row_ids(s, index) for i in row] for s in range(batches.num_steps)
     ]

@@ -12,15 +12,15 @@ from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows, prepare_rows
 from lora_dist.model.adapters import add_adapters, check_identical, fingerprint
-from lora_dist.model.load import base_bytes
+from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.fsdp import decoder_layers, sharded_modules
 from lora_dist.parallel.strategies import Placement
 from lora_dist.parallel.zero import whole_shape
-from lora_dist.run.folder import RunFolder
 from lora_dist.training.evaluation import evaluate
-from lora_dist.training.step import Training, train_step
-from tests.helpers.parity import CPU, assert_as_checked_in, load_placed, zero
+from lora_dist.training.step import train_step
+from tests.helpers.parity import assert_as_checked_in, load_placed, zero
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import start_run
 
 MICRO_BATCHES_PER_STEP = 12
 
@@ -43,11 +43,11 @@ def _train_on_rank(rank, config, mixed_precision, placement, folder, loss_scale=
     micro_batches = MicroBatches(
         data.train, pad_token_id=tokenizer.pad_token_id, seed=config.seed, sequences=2, per_step=MICRO_BATCHES_PER_STEP
     )
-    run = Training(model, tokenizer, config, accelerator, micro_batches, eval_rows, RunFolder(folder), base, placement)
+    run = start_run(model, config, micro_batches, held_out=eval_rows, placement=placement, accelerator=accelerator)
     torch.manual_seed(1000 + rank)  # nothing may depend on the ambient random state
     model.train()
-    steps = [train_step(run, step) for step in range(3)]
-    assert check_identical(model, CPU) == fingerprint(model).hex()
+    steps = [train_step(run.training, step) for step in range(3)]
+    assert check_identical(model) == fingerprint(model).hex()
     return fingerprint(model).hex(), [(s.loss, s.grad_norm) for s in steps], evaluate(run)
 
 

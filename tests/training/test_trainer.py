@@ -29,9 +29,9 @@ class InOrder(Trainer):
 def _ours_on_rank(rank, config, path, placement):
     run = make_run(config, load_placed(placement, config.quantization, torch.float32, path), placement)
     run.model.train()
-    steps = [train_step(run, step) for step in range(STEPS)]
-    places = [i for s in range(STEPS) for m in range(G) for (i,) in run.micro_batches.row_ids(s, m)]
-    rows = [run.micro_batches.rows[i]["input_ids"].tolist() for i in places]
+    steps = [train_step(run.training, step) for step in range(STEPS)]
+    places = [i for s in range(STEPS) for m in range(G) for (i,) in run.training.micro_batches.row_ids(s, m)]
+    rows = [run.training.micro_batches.rows[i]["input_ids"].tolist() for i in places]
     adapter = {name: param.detach().clone() for name, param in trainable_parameters(run.model).items()}
     return [(s.loss, s.grad_norm) for s in steps], adapter, rows
 

@@ -11,16 +11,18 @@ from accelerate import Accelerator
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.rows import prepare_rows
 from lora_dist.errors import UserError
-from lora_dist.training.session import check_same_rows
+from lora_dist.parallel.ranks import check_same_on_all_ranks
+from lora_dist.parallel.strategies import STRATEGIES, Launch
+from lora_dist.training.session import what_must_be_the_same
 from tests.helpers.ranks import ROOT, run_ranks
 
 RANK = """
 import datetime, os, time
-from lora_dist.training import session
-session.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
+from lora_dist.parallel import ranks
+ranks.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
 if os.environ["RANK"] == "1":
     time.sleep(3)  # longer than a collective may take
-accelerator = session.start_ranks()
+accelerator = ranks.start_ranks()
 import torch, torch.distributed as dist
 ones = torch.ones(1)
 dist.all_reduce(ones)
@@ -62,14 +64,18 @@ def _compare_on_rank(rank, config, texts):
         file.write(texts[rank])
     data = prepare_rows(dataclasses.replace(config, dataset_name="data.jsonl"), load_tokenizer("embedded"))
     try:
-        check_same_rows(data)
+        launch = Launch(STRATEGIES["ddp"], "no")
+        check_same_on_all_ranks(what_must_be_the_same(data.config, launch, data) | {"--output_dir": "any"})
     except UserError as error:
         return str(error)
 
 
 def test_other_rows_on_another_machine_are_refused(config, tmp_path):
     rows = ['{"quote": "a lamp"}', '{"quote": "a bell"}']
-    for name, second, expected in (("same", rows, None), ("other", rows[::-1], "on rank 1")):
+    for name, second, expected in (
+        ("same", rows, None),
+        ("other", rows[::-1], "the rows of --dataset_name data.jsonl: "),
+    ):
         settings = dataclasses.replace(config, output_dir=str(tmp_path / name), eval_fraction=0.0)
         found = run_ranks(_compare_on_rank, 2, settings, ["\n".join(rows), "\n".join(second)])
         assert found == [None, None] if expected is None else all(expected in line for line in found)

@@ -10,8 +10,8 @@ import termios
 import time
 from types import SimpleNamespace
 
-from lora_dist.training import progress
-from lora_dist.training.progress import ProgressLine
+from lora_dist.training import terminal as terminal_module
+from lora_dist.training.terminal import ProgressLine
 from lora_dist.training.timing import Stopwatch
 
 RESULT = SimpleNamespace(loss=1.23456, num_tokens=500)
@@ -19,7 +19,7 @@ RESULT = SimpleNamespace(loss=1.23456, num_tokens=500)
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
     now = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: next(now))
     line = ProgressLine(20, 0, shown=True)
     for step in range(1, 11):
         line.update(step, RESULT, step_time_s=0.5, peak_bytes=3 * 2**29)
@@ -31,7 +31,7 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
 
 
 def test_other_ranks_are_silent(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(terminal_module, "LINE_INTERVAL_S", 0.0)
     line = ProgressLine(20, 0, shown=False)
     line.update(1, RESULT, step_time_s=0.5, peak_bytes=0)
     line.close()
