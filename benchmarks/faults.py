@@ -107,7 +107,7 @@ class Bench:
         target, phase = self.random.randrange(len(PHASES)), multiprocessing.Value("i", -1)
         flags = (*FLAGS, *accumulation(num_ranks), *flags, "--output_dir", str(folder.root))
         if begun:  # as it was begun, whatever the ranks are now
-            flags += accumulation(folder.read_state()["begun"]["num_ranks"])
+            flags += accumulation(folder.read_state()["facts"]["num_ranks"])
         self.lives += 1
         with recipe_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=ENV, patch=mark_phases(phase)) as ranks:
             hit = not undisturbed and self._wait_for(ranks, phase, target)
@@ -119,9 +119,9 @@ class Bench:
         self.left_behind += sum(code is None for code, _, _ in ended)
         said = "".join(out + err for _, out, err in ended)
         assert "Traceback" not in said, said
-        if "going on from" in said:
-            assert f"going on from {expected}\n" in said, said
-        if self.tampered and "is set aside" in said:
+        if "continuing from" in said:
+            assert f"continuing from {expected}\n" in said, said
+        if self.tampered and "is renamed to" in said:
             assert f"warning: {self.tampered} is damaged" in said, said
             self.refused, self.tampered = self.refused + 1, None
             shutil.rmtree(next(folder.checkpoints.glob("*.damaged")))  # or the disk would soon be full

@@ -1,4 +1,7 @@
-"""Folders and files that are whole or not there: written under another name, and declared complete by a manifest."""
+"""Files and folders that are either complete or absent.
+
+They are written under a temporary name and renamed at the end. A manifest, written last, declares a folder complete.
+"""
 
 import hashlib
 import json
@@ -9,6 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves either the old file or the new one, never a part of it. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
@@ -18,7 +22,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Have all files of a folder on the disk, with the mode that the user's umask gives a file.
+    """Force all files of a folder to the disk, and give them the mode that the user's umask asks for.
 
     safetensors 0.8 writes files that only their owner can read.
     """
@@ -29,7 +33,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk, so that they outlast a power failure."""
+    """Force a file, or the names in a folder, to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,28 +42,37 @@ def sync(path: Path) -> None:
 
 
 def describe_file(path: Path) -> dict:
+    """A manifest's entry for the file: its size in bytes and its sha256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Those a manifest names, in one order."""
+    """All files below the folder except the manifest, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
 def write_manifest(folder: Path, files: dict[str, dict] | None = None) -> None:
-    """Declare a folder complete: sizes and checksums of its files, written last. `files`: where they are known."""
+    """Declare a folder complete: write the sizes and checksums of its files. Call this last.
+
+    `files` maps relative paths to entries as `describe_file` makes them; by default all files are read to make them.
+    """
     files = files or {str(path.relative_to(folder)): describe_file(path) for path in files_of(folder)}
     write_whole(folder / MANIFEST, json.dumps(files, indent=2, sort_keys=True) + "\n")
 
 
-def is_complete(folder: Path, share: slice = slice(None)) -> bool:
-    """Whether the manifest is there and the files it names have its sizes and, in this share of them, its checksums."""
+def is_complete(folder: Path, checksums_of: slice = slice(None)) -> bool:
+    """True if the folder has a manifest and its files match it.
+
+    The sizes of all files are compared. Checksums are compared for the files in this slice of the manifest only, so
+    that the ranks can divide the reading.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text())
         sizes_fit = bool(files) and all(
             (folder / name).stat().st_size == entry["bytes"] for name, entry in files.items()
         )
-        return sizes_fit and all(describe_file(folder / name) == entry for name, entry in list(files.items())[share])
+        checked = list(files.items())[checksums_of]
+        return sizes_fit and all(describe_file(folder / name) == entry for name, entry in checked)
     except (OSError, ValueError):
         return False

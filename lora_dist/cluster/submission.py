@@ -6,7 +6,6 @@ accelerate.env (what `accelerate launch` makes of it), code/ (this package and t
 
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import shlex
@@ -16,12 +15,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-
-import yaml
 
 import lora_dist
 from lora_dist.cluster import slurm
+from lora_dist.cluster.recipe import (
+    find_config_file,
+    find_recipe,
+    launcher_env,
+    launcher_flags,
+    load_recipe,
+    read_config_file,
+)
 from lora_dist.cluster.slurm import Job, SlurmOptions
 from lora_dist.config import TrainConfig
 from lora_dist.environment import COMMIT_FILE, git_commit
@@ -31,7 +35,6 @@ from lora_dist.flags import as_flags, parse_recipe_config
 from lora_dist.run.folder import RunFolder, write_config
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-OF_LAUNCHERS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")  # variables that accelerate sets
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,13 @@ class Submission:
 
     def env(self) -> dict[str, str]:
         """What `accelerate launch` would put into the environment of the ranks, but for their places."""
-        return _launcher_env(self.config_file, self.options.num_ranks)
+        return launcher_env(self.config_file, self.options.num_ranks)
 
 
 def read_submission(recipe: str, flags: list[str], config_file: str | None, options: SlurmOptions) -> Submission:
     """Raises UserError for whatever can be said without torch, data or model."""
-    path = Path(recipe)
-    require(path.suffix == ".py" and path.is_file(), "recipe", recipe, "no such file; give e.g. recipes/opt_quotes.py")
-    module = _load(path)
+    path = find_recipe(recipe)
+    module = load_recipe(path)
     on_gpu = bool(options.gpus_per_node)
     config = parse_recipe_config(module.CONFIG, flags, gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=on_gpu)
     name = f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -66,58 +68,8 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
     if config_file is None:
         several = options.nodes > 1 and options.num_local_ranks > 1  # ranks that share a copy inside a machine
         row = "single" if options.num_ranks == 1 else "hsdp" if several else "fsdp"
-        config_file = f"accelerate_configs/{row}.yaml"
-    require(Path(config_file).is_file(), "config_file", config_file, "no such file; accelerate_configs/ holds some")
-    return Submission(path, config, Path(config_file), options)
-
-
-def _load(recipe: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(recipe.stem, recipe)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(recipe.parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"recipe {recipe}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop(0)
-    missing = [name for name in ("CONFIG", "GPU", "EMBEDDED", "main") if not hasattr(module, name)]
-    require(not missing, "recipe", recipe, f"has no {', '.join(missing)}; see recipes/opt_quotes.py")
-    return module
-
-
-def _launcher_env(config_file: Path, num_ranks: int) -> dict[str, str]:
-    """Made by accelerate's own functions of version 1.15. Raises UserError."""
-    from accelerate.commands import launch
-    from accelerate.utils.launch import (
-        prepare_deepspeed_cmd_env,
-        prepare_multi_gpu_env,
-        prepare_simple_launcher_cmd_env,
-    )
-
-    words = ["--config_file", str(config_file), "--num_processes", str(num_ranks), "--main_process_port", "0"]
-    words += [*_launcher_flags(config_file, num_ranks), "recipe.py"]
-    try:
-        args = launch.launch_command_parser().parse_args(words)
-        args, defaults, _ = launch._validate_launch_command(args)
-        if args.use_deepspeed:
-            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-            env = prepare_deepspeed_cmd_env(args)[1]
-        elif args.use_fsdp or args.use_megatron_lm or args.multi_gpu:
-            env = prepare_multi_gpu_env(args)
-        else:
-            env = prepare_simple_launcher_cmd_env(args)[1]
-    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config_file {config_file}: {' '.join(str(error).split())}") from None
-    return {name: value for name, value in sorted(env.items()) if name.startswith(OF_LAUNCHERS)}
-
-
-def _launcher_flags(config_file: Path, num_ranks: int) -> list[str]:
-    """What the file cannot know: the number of ranks of a pipeline, and that Slurm starts DeepSpeed's machines."""
-    kind = yaml.safe_load(config_file.read_text(encoding="utf-8")).get("distributed_type")
-    if kind == "MEGATRON_LM":
-        return ["--megatron_lm_pp_degree", str(num_ranks)]
-    return ["--deepspeed_multinode_launcher", "standard"] if kind == "DEEPSPEED" else []
+        config_file = row
+    return Submission(path, config, find_config_file(config_file), options)
 
 
 def prepare(submission: Submission, *, quiet: bool = False) -> None:
@@ -141,7 +93,7 @@ def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.logs.mkdir(exist_ok=True)
-        folder.partial(folder.job)
+        folder.make_partial(folder.job)
         _copy_code(submission.recipe, partial / "code")
         config = _copy_named_files(submission, partial)
         write_config(partial / "config.yaml", config)
@@ -170,7 +122,8 @@ def _copy_named_files(submission: Submission, job: Path) -> TrainConfig:
     if of_accelerate != "none":
         shutil.copy(of_accelerate, job / "deepspeed.json")
         copy = str(final / "deepspeed.json")
-        text, env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text.replace(of_accelerate, copy), copy
+        named = read_config_file(submission.config_file)["deepspeed_config"]["deepspeed_config_file"]
+        text, env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text.replace(named, copy), copy
     write_whole(job / "accelerate.yaml", text)
     write_whole(job / "accelerate.env", "".join(f"{name}={shlex.quote(value)}\n" for name, value in env.items()))
     for setting in ("deepspeed", "chat_template"):
@@ -188,7 +141,7 @@ def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
     if options.launcher == "srun":
         lines.append('set -a; . "$run/job/accelerate.env"; set +a  # what accelerate launch makes of accelerate.yaml')
     else:
-        flags = shlex.join(_launcher_flags(submission.config_file, options.num_ranks))
+        flags = shlex.join(launcher_flags(submission.config_file, options.num_ranks))
         lines.append(f'accelerate_config="$run/job/accelerate.yaml" accelerate_flags=({flags})')
     if offline and not submission.config.push_to_hub:
         lines.append("export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # base and data are there: prepared before")

@@ -1,4 +1,4 @@
-"""The run folder: its file names, and how each file is written so that a kill never leaves half of one."""
+"""The run folder: the names of its files, and how each is written so that a kill never leaves half a file."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,21 @@ from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.files import MANIFEST, is_complete, sync, write_whole
 
-STEP = "train/global_step"  # optimizer steps done, in metrics.jsonl and samples.jsonl
+STEP = "train/global_step"  # optimizer steps completed; in each line of metrics.jsonl and samples.jsonl
 STATUSES = ("running", "completed", "preempted", "failed")
-LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still be going
+LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still hold the lock
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """All settings, as `--config` takes them back."""
+    """Write all settings as YAML that `--config` reads back. Raises OSError."""
     write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
 class RunFolder:
-    """`resume_from`: the checkpoint this run goes on from. `begun`: what its settings do not say of its beginning."""
+    """Paths in a run folder, and what this start knows about the run that the folder holds.
+
+    A run is started several times if it is interrupted; a *start* is one of them.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -39,26 +42,29 @@ class RunFolder:
         self.bad_steps = root / "bad_steps.jsonl"
         self.report = root / "report.html"
         self.adapter = root / "adapter"
-        self.job = root / "job"  # of `lora-dist submit`
+        self.job = root / "job"  # written by `lora-dist submit`
         self.logs = root / "logs"
         self.checkpoints = root / "checkpoints"
-        self.resume_from: Path | None = None
-        self.begun: dict = {}
-        self.previous: dict | None = None  # of the start before this one: its status, and its error
-        self.logged_until = -1  # the last step in metrics.jsonl when this start found it
+        # Facts fixed when the run first started, kept across restarts: num_ranks, micro_batches_per_step,
+        # mixed_precision, rows (a hash of the data); and `from`, the checkpoint of another run that it continues.
+        self.facts: dict = {}
+        self.resume_from: Path | None = None  # the checkpoint that this start continues from
+        self.previous: dict | None = None  # status and error of the start before this one
+        self.last_logged_step = -1  # in metrics.jsonl, when this start found it
         self.wandb_run_id: str | None = None
         self.restarts = 0
-        self.num_steps: int | None = None  # known once the data is laid out
+        self.num_steps: int | None = None  # of the whole run; known once the data is read
 
     @property
     def step(self) -> int:
-        """That this start goes on from."""
+        """The step that this start continues from; 0 at the first start."""
         return int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
 
     def lock(self) -> None:
-        """Make the folder, and keep other runs out of it until this process ends, however it ends. Raises UserError.
+        """Create the folder and keep other runs out of it until this process ends.
 
-        The kernel's lock on an open file: it goes with its process, so there is no stale one to recognise.
+        It is the kernel's lock on an open file: it ends with its process, so there is never a stale lock to recognise.
+        Raises UserError if another process holds it.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -83,7 +89,7 @@ class RunFolder:
             return False
 
     def begin(self, config: TrainConfig) -> None:
-        """Write config.yaml and a first state. Raises UserError."""
+        """Write config.yaml and the first state.json. Raises UserError."""
         try:
             self.write_config(config)
             self.write_state("running", 0)
@@ -94,12 +100,15 @@ class RunFolder:
         write_config(self.config, config)
 
     def write_state(self, status: str, step: int, summary: dict | None = None, *, rank_lost: bool = False) -> None:
-        """`step`: the last one saved. `rank_lost`: whether the run failed because a rank or its machine was gone."""
+        """Write state.json. Raises OSError.
+
+        `step` is the last step that was saved. `rank_lost`: the run failed because a rank or its machine was gone.
+        """
         assert status in STATUSES
         state = {
             "status": status, "step": step, "num_steps": self.num_steps, "restarts": self.restarts,
             "rank_lost": rank_lost, "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "wandb_run_id": self.wandb_run_id,
-            "begun": self.begun, "summary": summary,
+            "facts": self.facts, "summary": summary,
         }  # fmt: skip
         write_whole(self.state, json.dumps(state, indent=2) + "\n")
 
@@ -108,7 +117,7 @@ class RunFolder:
 
     @staticmethod
     def read_lines(path: Path) -> list[dict]:
-        """What a .jsonl file holds, nothing where there is none; without lines that a kill or a full disk cut off."""
+        """The lines of a .jsonl file; [] if there is no file. Lines that a kill or a full disk cut off are left out."""
         found = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
             with contextlib.suppress(ValueError):
@@ -119,34 +128,34 @@ class RunFolder:
         return self.read_lines(self.metrics)
 
     def record_start(self, start: dict) -> None:
-        """Add a line to starts.jsonl. A full disk costs the line, not the run."""
+        """Add a line to starts.jsonl. If the disk is full, the line is lost, but the run continues."""
         with contextlib.suppress(OSError):
             lines = [*self.read_lines(self.starts), start | {"previous": self.previous}]
             write_whole(self.starts, "".join(json.dumps(line) + "\n" for line in lines))
 
     @staticmethod
     def append_lines(path: Path, lines: list[dict]) -> None:
-        """All at once. A full disk costs the lines, not the run."""
+        """Append lines in one write. If the disk is full, they are lost, but the run continues."""
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def wandb_starts(self) -> list[Path]:
-        """W&B's own directories, one for each start, the oldest first: offline-run-TIME-ID, or run-TIME-ID."""
+    def wandb_directories(self) -> list[Path]:
+        """W&B's own directories, one per start, oldest first: offline-run-TIME-ID or run-TIME-ID."""
         directories = (self.root / "wandb").glob("*run-[0-9]*")
         return sorted(directories, key=lambda path: path.name.removeprefix("offline-"))
 
-    def wandb_offline(self) -> list[Path]:
-        """Those that reached no server, and are not uploaded yet."""
-        starts = [path for path in self.wandb_starts() if path.name.startswith("offline-")]
-        return [path for path in starts if not list(path.glob("*.wandb.synced"))]
+    def wandb_pending(self) -> list[Path]:
+        """W&B directories of starts that reached no server and are not uploaded yet, oldest first."""
+        offline = [path for path in self.wandb_directories() if path.name.startswith("offline-")]
+        return [path for path in offline if not list(path.glob("*.wandb.synced"))]
 
-    def wandb_sync(self) -> str | None:
-        """The command that uploads them; None where nothing is left."""
-        left = " ".join(map(str, self.wandb_offline()))
-        return f"wandb sync {left}" if left else None
+    def wandb_sync_command(self) -> str | None:
+        """The command that uploads the pending W&B directories; None if there are none."""
+        pending = " ".join(map(str, self.wandb_pending()))
+        return f"wandb sync {pending}" if pending else None
 
     def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
-        """Say failed, at the step that was last saved; where that cannot be written, it is not."""
+        """Set the status to "failed", at the step that was last saved. Does nothing if that cannot be written."""
         with contextlib.suppress(OSError):
             self.write_state("failed", self.read_state()["step"], {"error": why}, rank_lost=rank_lost)
 
@@ -154,11 +163,11 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_checkpoints(self) -> list[Path]:
-        """Oldest first; whether they are whole is not looked at."""
+        """All checkpoints, oldest first, damaged ones included."""
         return sorted(path for path in self.checkpoints.glob("step-*") if path.suffix == "")
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[Path]]:
-        """(the newest whose manifest is there and fits every byte, newer ones of which that is not so)."""
+        """(the newest checkpoint whose files match its manifest, the newer ones that are damaged or incomplete)."""
         damaged = []
         for path in reversed(self.saved_checkpoints()):
             if is_complete(path):
@@ -167,67 +176,68 @@ class RunFolder:
         return None, damaged
 
     def prune_checkpoints(self, keep: int, best_step: int | None) -> None:
-        """Remove all but the newest `keep` and the best one."""
+        """Remove all but the newest `keep` checkpoints and the one of `best_step`."""
         whole = [path for path in self.saved_checkpoints() if (path / MANIFEST).exists()]
         for path in whole[:-keep]:
             if best_step is None or path != self.checkpoint(best_step):
                 self.remove(path)
 
     @staticmethod
-    def set_aside(checkpoint: Path) -> None:
-        """Rename one that is damaged, for whoever wants to look at it."""
-        aside = checkpoint.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
+    def mark_damaged(checkpoint: Path) -> None:
+        """Rename a damaged checkpoint to NAME.damaged, so that it is not used but can still be examined."""
+        damaged = checkpoint.with_suffix(".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        checkpoint.rename(damaged)
 
     @staticmethod
     def remove(folder: Path) -> None:
-        """What is left of an interrupted removal has another name, so that it is never taken for whole."""
-        going = folder.with_suffix(".removed")
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going)
+        """Remove a folder. It is renamed first, so that an interrupted removal never looks like a complete folder."""
+        removed = folder.with_suffix(".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
     @staticmethod
     def partial_name(folder: Path) -> Path:
         return folder.with_suffix(".partial")
 
-    def partial(self, folder: Path) -> Path:
-        """An empty folder to write what will be `folder`."""
+    def make_partial(self, folder: Path) -> Path:
+        """Create the empty folder in which the content of `folder` is written, for `put_in_place`."""
         path = self.partial_name(folder)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
 
     def put_in_place(self, partial: Path, folder: Path) -> None:
-        """Give what was written its name; where something has that name, damaged or older, in its place."""
+        """Rename a partial folder to its final name; an older or damaged folder of that name is removed."""
         if folder.exists():
             self.remove(folder)
         partial.rename(folder)
         sync(folder.parent)
 
     def clear_leftovers(self) -> None:
-        """Of saves and removals that a kill interrupted."""
+        """Remove what saves and removals left behind that a kill interrupted."""
         for path in [*self.checkpoints.glob("*.partial"), *self.checkpoints.glob("*.removed")]:
             shutil.rmtree(path)
 
     def trim_metrics(self, step: int, *, evaluated: bool = True) -> None:
-        """Leave out what comes after `step`, and a last line that was cut off: those steps are taken again.
+        """Remove lines after `step`, and a last line that was cut off: this start takes those steps again.
 
-        An evaluation at `step` itself too, where the checkpoint was written before it and so was not `evaluated`.
+        The evaluation at `step` itself is removed too if the checkpoint was written before it (not `evaluated`).
         """
-        self.logged_until = max((line[STEP] for line in self.read_metrics()), default=-1)
+        self.last_logged_step = max((line[STEP] for line in self.read_metrics()), default=-1)
         for path, key in ((self.metrics, STEP), (self.samples, STEP), (self.bad_steps, "step")):
             if path.exists():
-                again = "" if evaluated else "eval/loss" if path == self.metrics else "completion"
+                evaluation = "" if evaluated else "eval/loss" if path == self.metrics else "completion"
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_whole(path, "".join(line for line in lines if _is_until(line, key, step, again)))
+                write_whole(path, "".join(line for line in lines if _is_kept(line, key, step, evaluation)))
 
 
-def _is_until(line: str, key: str, step: int, again: str) -> bool:
-    """`again`: what marks a line of `step` itself as one that comes again; "" for none."""
+def _is_kept(line: str, step_key: str, step: int, evaluation_key: str) -> bool:
+    """True if a complete line is from before `step`, or from `step` without `evaluation_key` ("" matches no line)."""
     try:
         values = json.loads(line)
-        return line.endswith("\n") and (values[key] < step or (values[key] == step and again not in values))
+        line_step = values[step_key]
+        return line.endswith("\n") and (line_step < step or (line_step == step and evaluation_key not in values))
     except (ValueError, KeyError):
         return False

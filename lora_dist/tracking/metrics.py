@@ -1,4 +1,4 @@
-"""metrics.jsonl is the truth; Weights & Biases and other trackers are its mirrors. Rank 0 only."""
+"""Logs metrics. metrics.jsonl is the record; Weights & Biases and other trackers mirror it. Rank 0 only."""
 
 import json
 import os
@@ -16,20 +16,24 @@ from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.tracking.metric_names import PROJECT
 
 if TYPE_CHECKING:
-    from lora_dist.tracking.wandb_run import WandbRun
+    from lora_dist.tracking.wandb_run import WandbMirror
 
 
 class MetricsLog:
-    """One line on the disk per call to `log`, mirrored to what `report_to` names. Nothing where rank is not 0.
+    """Writes one line to metrics.jsonl per call of `log`, and sends it to the trackers that `report_to` names.
 
-    Where the disk is full, lines wait in memory until there is room. `start`: how this start of the run was made.
-    `hosts`: of each rank.
+    On ranks other than 0 all methods do nothing. If the disk is full, lines wait in memory until there is room. A
+    tracker that fails is dropped with a warning. Use it as a context manager: it closes the file and the trackers.
+
+    `start` describes this start of the run, for starts.jsonl; `hosts[r]` is rank r's host.
     """
 
     def __init__(self, folder: RunFolder, report_to: str, *, rank: int, start: dict, hosts: list[str]):
-        self.folder, self.hosts, self.waiting, self.failed = folder, hosts, b"", False
+        self.folder, self.hosts = folder, hosts
+        self.unwritten = b""  # lines that are not on the disk yet
+        self.disk_failed = False  # at the last attempt to write
         self.file = open(folder.metrics, "ab", buffering=0) if rank == 0 else None
-        self.wandb: WandbRun | None = None
+        self.wandb: WandbMirror | None = None
         self.trackers: dict[str, GeneralTracker] = {}
         if not self.file:
             return
@@ -38,51 +42,51 @@ class MetricsLog:
             try:
                 self._start_mirror(name)
             except Exception as error:
-                _warn_gone(name, error)
+                _warn_dropped(name, error)
 
     def _start_mirror(self, name: str) -> None:
         if name == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
-            from lora_dist import wandb_run  # a third of a second, which the other ranks need not wait
+            from lora_dist.tracking import wandb_run  # takes a third of a second, which the other ranks can save
 
-            self.wandb = wandb_run.WandbRun(self.folder, say=partial(print, flush=True))
-            watchdog.at_failure = self.wandb.fail
+            self.wandb = wandb_run.WandbMirror(self.folder, print_line=partial(print, flush=True))
+            watchdog.call_on_failure(self.wandb.fail)
         elif name not in ("wandb", "none"):
             self.trackers[name] = _start_tracker(name, self.folder)
 
     def log(self, values: dict, step: int) -> None:
-        """`values`: metric name to value, as docs/metrics.md lists them; `step`: optimizer steps done."""
+        """Log metrics by name, as docs/metrics.md lists them. `step`: optimizer steps completed."""
         if not self.file:
             return
         line = json.dumps({STEP: step, "time": round(time.time(), 3), **values}) + "\n"
-        self.waiting += line.encode()
+        self.unwritten += line.encode()
         self._write()
         values = {STEP: step, **values}
-        self._to_wandb(lambda run: run.log(values, step))
+        self._to_wandb(lambda mirror: mirror.log(values, step))
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         self._to_trackers(lambda tracker: tracker.log(numbers, step=step))
 
     def log_samples(self, samples: list[dict], step: int) -> None:
-        """`samples`: {"prompt", "reference", "completion"} each."""
+        """Log completions to samples.jsonl and W&B. Each sample has "prompt", "reference" and "completion"."""
         if self.file and samples:
             self.folder.append_lines(self.folder.samples, [{STEP: step, **sample} for sample in samples])
-            self._to_wandb(lambda run: run.log_samples(samples, step))
+            self._to_wandb(lambda mirror: mirror.log_samples(samples, step))
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever watches from afar: Weights & Biases sends mail or Slack messages."""
-        self._to_wandb(lambda run: run.alert(f"{self.folder.root.name}: {title}", text))
+        """Have Weights & Biases send a mail or a Slack message."""
+        self._to_wandb(lambda mirror: mirror.alert(f"{self.folder.root.name}: {title}", text))
 
     def log_adapter(self) -> None:
-        """The run's `adapter/`, as an artifact of Weights & Biases."""
-        self._to_wandb(lambda run: run.log_adapter())
+        """Store the run's `adapter/` in Weights & Biases, as an artifact."""
+        self._to_wandb(lambda mirror: mirror.log_adapter())
 
-    def _to_wandb(self, act: Callable[["WandbRun"], None]) -> None:
-        """Whatever becomes of a mirror, the run goes on: Slurm's SIGTERM ends wandb's own process before ours."""
+    def _to_wandb(self, act: Callable[["WandbMirror"], None]) -> None:
+        """The run continues if W&B fails: Slurm's SIGTERM, for example, ends wandb's own process before ours."""
         try:
             if self.wandb:
                 act(self.wandb)
         except Exception as error:
             self.wandb = None
-            _warn_gone("wandb", error)
+            _warn_dropped("wandb", error)
 
     def _to_trackers(self, act: Callable[[GeneralTracker], None]) -> None:
         for name, tracker in list(self.trackers.items()):
@@ -90,43 +94,45 @@ class MetricsLog:
                 act(tracker)
             except Exception as error:
                 del self.trackers[name]
-                _warn_gone(name, error)
+                _warn_dropped(name, error)
 
     def _write(self) -> None:
+        """Write all lines that wait; warn at the first failure in a row."""
         try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-            self.failed = False
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.disk_failed = False
         except OSError as error:
-            if not self.failed:
-                why = "its lines are kept until there is room"
+            if not self.disk_failed:
+                why = "its lines are kept in memory until there is room"
                 print(f"warning: {self.file.name}: {error.strerror}: {why}", file=sys.stderr, flush=True)
-            self.failed = True
+            self.disk_failed = True
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         if self.file:
-            watchdog.at_failure = None
+            watchdog.call_on_failure(None)
             self._write()
             self.file.close()
             why = None if error is None else f"{error_type.__name__}: {error}"
-            self._to_wandb(lambda run: run.finish(why=why))
+            self._to_wandb(lambda mirror: mirror.finish(why=why))
             self._to_trackers(lambda tracker: tracker.finish())
 
 
-def _warn_gone(name: str, error: Exception) -> None:
+def _warn_dropped(name: str, error: Exception) -> None:
     why = f"{type(error).__name__}: {error}"
-    print(f"warning: {name} is gone ({why}); metrics.jsonl goes on", file=sys.stderr, flush=True)
+    text = f"warning: {name} failed ({why}); the run continues, and metrics.jsonl has all metrics"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _start_tracker(name: str, folder: RunFolder) -> GeneralTracker:
-    """One of accelerate's. It has the settings as plain values: some take no others."""
+    """Start one of accelerate's trackers. It gets the settings as numbers and strings: some accept nothing else."""
     tracker_class, settings = LOGGER_TYPE_TO_CLASS[name], yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     if tracker_class.requires_logging_directory:
-        begins = {"purge_step": folder.step + 1} if name == "tensorboard" and folder.step else {}
-        tracker = tracker_class(name, folder.root, **begins)
+        options = {"purge_step": folder.step + 1} if name == "tensorboard" and folder.step else {}
+        tracker = tracker_class(name, folder.root, **options)
     elif name == "trackio":
         tracker = tracker_class(PROJECT, name=folder.root.name, resume="allow", embed=False)
     else:

@@ -1,7 +1,7 @@
-"""The mirror in Weights & Biases: one run per training, however often it was killed, every step in it once.
+"""Mirrors a training in Weights & Biases: one W&B run per training, however often it was killed, with every step once.
 
-W&B only appends. So it goes on from the step it holds already, which the server says, or the files of the run on this
-disk; metrics.jsonl has what is missing until the step that training goes on from, and what W&B has is not sent again.
+W&B can only append. So each start first finds the last step that W&B has: from the server, or from W&B's files on this
+disk. Then it sends the later steps that metrics.jsonl holds, and skips new steps that W&B has already.
 """
 
 import json
@@ -23,110 +23,132 @@ from lora_dist.errors import UserError
 from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.tracking.metric_names import METRICS, PROJECT
 
-COLUMNS = ("step", "prompt", "reference", "completion")
-PROBE_S, INIT_S, SEND_EVERY_S, FINISH_S, FAIL_S = 3, 6, 5, 60, 10
+SAMPLE_COLUMNS = ("step", "prompt", "reference", "completion")
+# Time-outs in seconds: of the request that tests the server, of wandb.init, and of the two ways to end. wandb sends its
+# data every SEND_EVERY_S.
+PROBE_S, INIT_S, FINISH_S, FAIL_S = 3, 6, 60, 10
+SEND_EVERY_S = 5
 
 
-class WandbRun:
-    """Online where there is an account and a server that answers, else kept on disk: training never waits."""
+class WandbMirror:
+    """The W&B run of a training. Online if there is an account and a server that answers; otherwise kept on disk.
 
-    def __init__(self, folder: RunFolder, say: Callable[[str], None]):
-        self.folder, self.say, self._silent = folder, say, threading.Lock()
+    Training never waits for the server. `print_line` prints one line for the user.
+    """
+
+    def __init__(self, folder: RunFolder, print_line: Callable[[str], None]):
+        self.folder, self.print_line = folder, print_line
+        self._failure_told = threading.Lock()  # held once W&B was told why the run failed
         offline = "WANDB_MODE" not in os.environ and not _reachable()
         try:
-            self.run = _init(folder, offline)
+            self.wandb_run = _init(folder, offline)
         except wandb.errors.Error as error:  # CommError, AuthenticationError, UsageError
-            say(f"wandb: no answer from the server ({str(error).splitlines()[0]}): keeping the run on disk")
+            why = str(error).splitlines()[0]
+            print_line(f"wandb: no answer from the server ({why}); the run is kept on disk")
             wandb.teardown()
-            self.run = _init(folder, offline=True)
-        if self.run.offline:
-            self.held = held_step(folder, [p for p in folder.wandb_starts() if p != Path(self.run.dir).parent])
+            self.wandb_run = _init(folder, offline=True)
+        if self.wandb_run.offline:
+            own = Path(self.wandb_run.dir).parent
+            self.last_step = last_local_step(folder, [path for path in folder.wandb_directories() if path != own])
         else:
-            self.held = self.run.starting_step - 1
-            for path in folder.wandb_offline():  # the server gets their steps now, from metrics.jsonl
+            self.last_step = self.wandb_run.starting_step - 1
+            for path in folder.wandb_pending():  # `replay` now sends their steps to the server, from metrics.jsonl
                 _mark_uploaded(path)
-        folder.wandb_run_id = self.run.id
+        folder.wandb_run_id = self.wandb_run.id
         folder.write_state("running", folder.read_state()["step"])
-        self.resumed_at = replay(self.run, folder, after=self.held)
-        say(f"wandb: {self.where()}")
+        self.replayed_to = replay(self.wandb_run, folder, after=self.last_step)
+        print_line(f"wandb: {self.where()}")
 
     def where(self) -> str:
-        """The run's address; or how to upload it."""
-        return f"offline; upload with: {self.folder.wandb_sync()}" if self.run.offline else self.run.url
+        """The address of the W&B run, or how to upload it."""
+        if self.wandb_run.offline:
+            return f"offline; upload with: {self.folder.wandb_sync_command()}"
+        return self.wandb_run.url
 
     def log(self, values: dict, step: int) -> None:
-        if step > self.held:
-            self.run.log(values, step=step)
-        elif step == self.held == self.resumed_at:  # its row is closed, but this is new: it goes into the next one
-            self.run.log(values, step=step + 1)
+        if step > self.last_step:
+            self.wandb_run.log(values, step=step)
+        elif step == self.last_step == self.replayed_to:
+            # W&B has closed the row of this step, but these values are new: put them into the next row.
+            self.wandb_run.log(values, step=step + 1)
 
     def log_samples(self, samples: list[dict], step: int) -> None:
         self.log({STEP: step, "eval/samples": _table(samples, step)}, step)
 
     def alert(self, title: str, text: str) -> None:
-        self.run.alert(title=title[:63], text=text, level="WARN")  # W&B takes no longer ones
+        self.wandb_run.alert(title=title[:63], text=text, level="WARN")  # W&B refuses longer titles
 
     def log_adapter(self) -> None:
-        artifact = wandb.Artifact(f"adapter-{self.run.id}", type="model", metadata={"run": self.folder.root.name})
+        metadata = {"run": self.folder.root.name}
+        artifact = wandb.Artifact(f"adapter-{self.wandb_run.id}", type="model", metadata=metadata)
         artifact.add_dir(str(self.folder.adapter))
-        self.run.log_artifact(artifact)
+        self.wandb_run.log_artifact(artifact)
 
     def finish(self, *, why: str | None) -> None:
-        """Returns within FINISH_S, whatever the server does, and says where the run is. `why` it failed, if it did."""
+        """End the W&B run and print where it is. Returns within FINISH_S, whatever the server does.
+
+        `why` says why the training failed; None if it did not fail.
+        """
         if why:
-            self._say_why(why)
+            self._tell_failure(why)
         started = time.monotonic()
-        self.run.finish(exit_code=int(bool(why)))
-        late = time.monotonic() - started >= FINISH_S
-        rest = f"; not all was taken in {FINISH_S} s: upload it with: lora-dist push {self.folder.root}" if late else ""
-        self.say(f"wandb: {self.where()}{rest}")
+        self.wandb_run.finish(exit_code=int(bool(why)))
+        incomplete = ""
+        if time.monotonic() - started >= FINISH_S:
+            incomplete = f"; the server did not take all data within {FINISH_S} s: "
+            incomplete += f"upload the run with: lora-dist push {self.folder.root}"
+        self.print_line(f"wandb: {self.where()}{incomplete}")
 
     def fail(self, why: str) -> None:
-        """All ranks leave: say so, and wait for it no longer than FAIL_S. For the watchdog's thread."""
+        """Mark the W&B run as failed, within FAIL_S. The watchdog calls this before it ends the process."""
 
-        def say_so():
-            self._say_why(why)
-            self.run.finish(exit_code=1)
+        def tell_and_finish():
+            self._tell_failure(why)
+            self.wandb_run.finish(exit_code=1)
 
-        thread = threading.Thread(target=say_so, daemon=True)
+        thread = threading.Thread(target=tell_and_finish, daemon=True)
         thread.start()
         thread.join(FAIL_S)
 
-    def _say_why(self, why: str) -> None:
-        """Once: of a rank that is lost, the main thread may hear by an error of its own while the watchdog says it."""
-        if self._silent.acquire(blocking=False):
+    def _tell_failure(self, why: str) -> None:
+        """Send one alert. If a rank is lost, the main thread may fail by itself while the watchdog reports it too."""
+        if self._failure_told.acquire(blocking=False):
             self.alert(f"{self.folder.root.name}: failed", why)
 
 
-def _init(folder: RunFolder, offline: bool, **more) -> wandb.Run:
+def _init(folder: RunFolder, offline: bool, **overrides) -> wandb.Run:
+    """Start or continue the W&B run of this folder. `overrides` replace arguments of wandb.init."""
     settings = wandb.Settings(
         init_timeout=INIT_S, finish_timeout=FINISH_S, x_transaction_log_flush_interval=1,
         x_file_stream_transmit_interval=SEND_EVERY_S, silent=True,
-        stop_fn=signals.ask_to_stop,  # its own would interrupt this rank alone
+        stop_fn=signals.ask_to_stop,  # wandb's own function would interrupt this rank alone
     )  # fmt: skip
-    if offline:  # else WANDB_MODE decides
+    if offline:  # otherwise WANDB_MODE decides
         settings.mode = "offline"
     name = os.environ.get("WANDB_NAME", folder.root.name)
-    as_usual = {"id": folder.wandb_run_id, "resume": "allow", "project": os.environ.get("WANDB_PROJECT", PROJECT)}
-    run = wandb.init(
-        dir=str(folder.root), name=name, job_type="train", config=run_config(folder), settings=settings,
-        **(as_usual | more),
+    arguments = {"id": folder.wandb_run_id, "resume": "allow", "project": os.environ.get("WANDB_PROJECT", PROJECT)}
+    wandb_run = wandb.init(
+        dir=str(folder.root), name=name, job_type="train", config=_wandb_config(folder), settings=settings,
+        **(arguments | overrides),
     )  # fmt: skip
-    run.define_metric(STEP)
+    wandb_run.define_metric(STEP)
     for group in sorted({metric.name.partition("/")[0] for metric in METRICS}):
-        run.define_metric(f"{group}/*", step_metric=STEP)
-    return run
+        wandb_run.define_metric(f"{group}/*", step_metric=STEP)
+    return wandb_run
 
 
-def run_config(folder: RunFolder) -> dict:
-    """All settings, and how the newest start of the run was made."""
+def _wandb_config(folder: RunFolder) -> dict:
+    """The `config` of the W&B run: all settings, and how the newest start of the training was made."""
     start = (folder.read_lines(folder.starts) or [{}])[-1]
     settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     return {"config": settings, **{key: value for key, value in start.items() if key not in ("time", "previous")}}
 
 
-def replay(run: wandb.Run, folder: RunFolder, after: int) -> int:
-    """Log what metrics.jsonl and samples.jsonl hold of the steps after `after`. Their last step; -1 where none is."""
+def replay(wandb_run: wandb.Run, folder: RunFolder, after: int) -> int:
+    """Log to W&B what metrics.jsonl and samples.jsonl hold of the steps after `after`.
+
+    Returns the last step that metrics.jsonl holds; -1 if it holds none.
+    """
     rows: dict[int, dict] = {}
     for line in folder.read_metrics():
         rows.setdefault(line[STEP], {}).update({name: value for name, value in line.items() if name != "time"})
@@ -135,29 +157,31 @@ def replay(run: wandb.Run, folder: RunFolder, after: int) -> int:
         samples.setdefault(line[STEP], []).append(line)
     for step in sorted(step for step in rows if step > after):
         table = {"eval/samples": _table(samples[step], step)} if step in samples else {}
-        run.log(rows[step] | table, step=step)
+        wandb_run.log(rows[step] | table, step=step)
     return max(rows, default=-1)
 
 
 def _table(samples: list[dict], step: int) -> wandb.Table:
-    return wandb.Table(columns=list(COLUMNS), data=[[step, *(s[name] for name in COLUMNS[1:])] for s in samples])
+    rows = [[step, *(sample[name] for name in SAMPLE_COLUMNS[1:])] for sample in samples]
+    return wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
 
 
 def _mark_uploaded(directory: Path) -> None:
-    """As `wandb sync` does, which then leaves it out: it appends, and would append the same steps again."""
+    """Mark a W&B directory as `wandb sync` does, so that it is not uploaded: that would append the same steps again."""
     for file in directory.glob("*.wandb"):
         file.with_name(f"{file.name}.synced").touch()
 
 
-def held_step(folder: RunFolder, earlier: list[Path]) -> int:
-    """The last step that W&B has, or gets, of starts that have these directories; -1 where there is none.
+def last_local_step(folder: RunFolder, directories: list[Path]) -> int:
+    """Last step already in these W&B directories of earlier starts (uploaded or pending); -1 if there is none.
 
-    Of one without a server it is what its file holds, which lacks what a killed process had not written yet. What one
-    with a server had sent is not known here: at most all that was logged, so that no step comes twice.
+    An offline start has the steps in its file; steps that a killed process had not written yet are missing there. For
+    an online start it is not known here what was sent. It counts as having all that was logged, so that no step is sent
+    twice.
     """
-    for directory in reversed(earlier):
+    for directory in reversed(directories):
         if not directory.name.startswith("offline-"):
-            return folder.logged_until
+            return folder.last_logged_step
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
         shown = subprocess.run(command, capture_output=True, text=True).stdout
         records = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
@@ -168,34 +192,34 @@ def held_step(folder: RunFolder, earlier: list[Path]) -> int:
 
 
 def push(folder: RunFolder, project: str | None, entity: str | None) -> str:
-    """Replay a run folder into one new run of W&B. Returns its address. Raises UserError."""
+    """Replay a run folder into one new W&B run. Returns its address. Raises UserError."""
     if not folder.starts.exists():
-        raise UserError(f"{folder.root}: holds no starts.jsonl; give the folder of a run that has begun")
+        raise UserError(f"{folder.root}: has no starts.jsonl; give the folder of a run that was started")
     if "WANDB_MODE" not in os.environ and not _reachable():
         raise UserError(f"WANDB_BASE_URL {_base_url()}: no key, or no answer; log in with `wandb login`, or set "
                         "WANDB_MODE=offline")  # fmt: skip
-    more = {"id": None, "resume": None, "entity": entity} | ({"project": project} if project else {})
+    overrides = {"id": None, "resume": None, "entity": entity} | ({"project": project} if project else {})
     try:
-        run = _init(folder, offline=False, **more)
+        wandb_run = _init(folder, offline=False, **overrides)
     except wandb.errors.Error as error:
         raise UserError(f"WANDB_BASE_URL {_base_url()}: {str(error).splitlines()[0]}") from None
-    replay(run, folder, after=-1)
-    where = run.url or f"offline; upload with: wandb sync {Path(run.dir).parent}"
-    run.finish(exit_code=int(folder.read_state()["status"] == "failed"))
+    replay(wandb_run, folder, after=-1)
+    where = wandb_run.url or f"offline; upload with: wandb sync {Path(wandb_run.dir).parent}"
+    wandb_run.finish(exit_code=int(folder.read_state()["status"] == "failed"))
     return where
 
 
 def _base_url() -> str:
-    return wandb.setup().settings.base_url  # WANDB_BASE_URL and settings files included
+    return wandb.setup().settings.base_url  # from WANDB_BASE_URL or wandb's settings files
 
 
 def _reachable() -> bool:
-    """Whether wandb would find a key, and a server that answers: its own attempt could take minutes."""
+    """True if wandb would find a key, and a server that answers. Its own attempt could take minutes."""
     return _has_credentials() and not why_no_answer(_base_url())
 
 
 def _has_credentials() -> bool:
-    """Without wandb's prompt on a terminal."""
+    """Looks where wandb looks for a key, but without its prompt on a terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -206,7 +230,10 @@ def _has_credentials() -> bool:
 
 
 def why_no_answer(url: str, timeout_s: float = PROBE_S) -> str | None:
-    """None where a request is answered soon: what the answer means, or an odd certificate, is wandb's to say."""
+    """Why a W&B server cannot be used now; None if it answers a request in time.
+
+    An answer other than HTTP 5xx, or a certificate that requests rejects, counts as an answer: wandb reports those.
+    """
     try:
         code = requests.post(f"{url}/graphql", json={"query": "{ __typename }"}, timeout=timeout_s).status_code
         return f"answers with HTTP {code}" if code >= 500 else None

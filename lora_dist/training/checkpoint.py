@@ -60,7 +60,7 @@ def take_snapshot(run: Run) -> Snapshot | None:
             "progress": dataclasses.asdict(run.progress),
             "adapter_sha256": digest,
             "loss_scaler": scaler.state_dict() if scaler else None,
-            "begun": dict(run.folder.begun),
+            "facts": dict(run.folder.facts),
             "wandb_run_id": run.folder.wandb_run_id,
             "config": dataclasses.asdict(run.config),
             "world_size": run.accelerator.num_processes,
@@ -90,7 +90,7 @@ def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
 
     Raises OSError where it could not be written; then nothing of that name, and nothing half-written, is left.
     """
-    partial = run.folder.partial(folder)
+    partial = run.folder.make_partial(folder)
     try:
         save_adapter(run.model, run.tokenizer, partial / "adapter", snapshot.params)
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")

@@ -21,8 +21,8 @@ MAX_NEW_TOKENS = 48  # of a completion
 def over_held_out(run: Run, measure: Callable[[int, MicroBatch], torch.Tensor], width: int) -> torch.Tensor:
     """`measure(piece, batch)` of every batch of held-out rows: float64 (batches, pieces, width), on the CPU.
 
-    Every rank gets all of them. Each batch is measured by one rank; if ranks share rows, by one rank for each piece of them. `measure` returns up to
-    `width` numbers. The results are exact and the same on all ranks. Collective.
+    Every rank gets all results, exact and the same everywhere. Each batch is measured by one rank; if ranks share rows,
+    by one rank for each piece of them. `measure` returns up to `width` numbers. Collective.
     """
     device, share = run.device, run.training.share
     batches = held_out_batches(run)
@@ -30,7 +30,7 @@ def over_held_out(run: Run, measure: Callable[[int, MicroBatch], torch.Tensor], 
     found = torch.zeros(len(batches), share.num_pieces, width, dtype=torch.float64, device=device)
     run.model.eval()
     for turn in range(-(-len(batches) // share.num_groups)):
-        watchdog.still_moving()
+        watchdog.report_activity()
         index = mine[turn] if turn < len(mine) else 0  # the gathers must match: a spare forward, thrown away
         rows = [run.held_out[i] for i in batches[index]]
         batch = collate(rows, run.training.micro_batches.pad_token_id, run.training.micro_batches.task).to(device)
@@ -138,7 +138,7 @@ def _cut(row: dict, task: Task) -> tuple[list[int], list[int]]:
 @torch.no_grad()
 def complete(run: Run, prompt: list[int]) -> list[int]:
     """The token ids that the model continues the prompt with. Collective: all ranks generate the same ones together."""
-    watchdog.still_moving()
+    watchdog.report_activity()
     prompt_BT = torch.tensor([prompt], device=run.device)
     run.model.eval()
     with run.accelerator.autocast():

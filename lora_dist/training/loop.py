@@ -53,7 +53,7 @@ def train(run: Run) -> None:
     if stopped:
         text = f"asked to stop: left after step {run.progress.step} of {run.training.num_steps}"
         run.metrics.alert("preempted", text)
-    watchdog.at_rest()
+    watchdog.stop_watching()
     score(run)
 
 
@@ -70,7 +70,7 @@ def start(run: Run) -> None:
         with contextlib.suppress(OSError):  # a full disk
             run.folder.write_state("running", step)
     run.model.train()
-    watchdog.moved(step, "evaluation")
+    watchdog.report_progress(step, "evaluation")
 
 
 def take_step(run: Run) -> tuple[StepResult, float]:
@@ -167,7 +167,7 @@ def save_if_due(run: Run, saver: Saver, *, is_best: bool, stopped: bool) -> None
     """Save a checkpoint if it is time for it, and log the saves that have ended. Collective."""
     every, step, ends = run.config.save_steps, run.progress.step, run.is_complete or stopped
     if ends or (every and (step % every == 0 or is_best)):
-        watchdog.moved(step, "checkpoint")
+        watchdog.report_progress(step, "checkpoint")
         saver.save()
     if ends:
         saver.finish()
@@ -211,7 +211,7 @@ def save_adapter_checked(run: Run) -> None:
     check_identical(run.model)
     folder, partial = run.folder.adapter, run.folder.partial_name(run.folder.adapter)
     if run.is_main:
-        save_adapter(run.model, run.tokenizer, run.folder.partial(folder))
+        save_adapter(run.model, run.tokenizer, run.folder.make_partial(folder))
         sync_files(partial)
     barrier()
     verify_adapter(run.model, partial, run.training.probe, autocast=run.accelerator.autocast)

@@ -92,7 +92,7 @@ def joined_run(
     """The ranks, watched by a watchdog, and their run folder. At the end the ranks leave, and a failure is recorded."""
     accelerator, folder, watchdog, done = start_ranks(config.mixed_precision), None, None, False
     try:
-        check_same_on_all_ranks(_what_must_be_the_same(config, launch, data))
+        check_same_on_all_ranks(what_must_be_the_same(config, launch, data))
         folder = _open_run_folder(accelerator, config, recipe, launch, data)
         watchdog = Watchdog(folder, rank_timeout_s=config.rank_timeout_s, step_timeout_s=config.step_timeout_s)
         yield accelerator, folder
@@ -109,7 +109,8 @@ def joined_run(
         leave_ranks()
 
 
-def _what_must_be_the_same(config: TrainConfig, launch: Launch, data: PreparedData) -> dict:
+def what_must_be_the_same(config: TrainConfig, launch: Launch, data: PreparedData) -> dict:
+    """Names and values for `check_same_on_all_ranks`: packages, settings, launcher, device and data."""
     packages = PACKAGES + (("deepspeed",) if launch.deepspeed else ())
     return {
         **{f"the package {name}": version(name) for name in packages},
@@ -126,18 +127,18 @@ def _open_run_folder(
     accelerator: Accelerator, config: TrainConfig, recipe: str, launch: Launch, data: PreparedData
 ) -> RunFolder:
     """Rank 0 begins a run, or continues one; all ranks learn which, or why that is refused. Collective."""
-    begun = {
+    facts = {
         "num_ranks": world_size(),
         "micro_batches_per_step": config.gradient_accumulation_steps * world_size(),
         "mixed_precision": config.mixed_precision,
         "rows": data.fingerprint(),
     }
-    # Ranks that take different micro-batches; in a pipeline every rank takes part in all of them.
-    num_shares = 1 if launch.strategy.engine == "pipeline" else world_size() // config.context_parallel_size
+    # Groups of ranks that compute different micro-batches. In a pipeline every rank takes part in all of them.
+    num_groups = 1 if launch.strategy.engine == "pipeline" else world_size() // config.context_parallel_size
     answer = None
     if accelerator.is_main_process:
         try:
-            answer = begin_or_resume(config, recipe, begun, num_shares)
+            answer = begin_or_resume(config, recipe, facts, num_groups)
         except (UserError, NothingToDo) as error:
             answer = error
     answer = from_rank_0(answer)
@@ -174,7 +175,7 @@ def load_training(
     micro_batches = MicroBatches(
         data.train, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,
         sequences=config.per_device_train_batch_size,
-        per_step=folder.begun["micro_batches_per_step"],
+        per_step=folder.facts["micro_batches_per_step"],
         pack_to=config.max_length if config.packing else None,
         group_by_length=config.train_sampling_strategy == "group_by_length", task=plan.task,
     )  # fmt: skip
@@ -206,8 +207,8 @@ def _describe_start(
         "trainable_params": trainable,
         "all_params": total,
         "base_bytes_total": base.num_bytes.total,
-        "base_bytes_per_rank": base.num_bytes.per_rank,
-        "rows": folder.begun.get("rows"),
+        "base_bytes_per_rank": base.num_bytes.held,
+        "rows": folder.facts.get("rows"),
         "versions": versions(),
         "git_commit": git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),

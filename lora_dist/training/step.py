@@ -27,9 +27,16 @@ from lora_dist.model.adapters import probe_logits, trainable_parameters
 from lora_dist.parallel.context import ContextParallel
 from lora_dist.parallel.exact_sum import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.parallel.fsdp import gather_wait_s, gathered_bytes, release
-from lora_dist.parallel.pipeline import Pipeline, StageDone, pipeline_of, receive_from_before, schedule, send_onward
+from lora_dist.parallel.pipeline import (
+    Pipeline,
+    StageDone,
+    pipeline_of,
+    receive_from_previous_stage,
+    schedule,
+    send_to_next_stage,
+)
 from lora_dist.parallel.strategies import Placement
-from lora_dist.parallel.zero import shard_optimizer, step_with
+from lora_dist.parallel.zero import shard_optimizer, zero2_step
 from lora_dist.run import watchdog
 from lora_dist.seeds import random_key
 from lora_dist.training.timing import Stopwatch
@@ -226,7 +233,7 @@ def sum_over_ranks(training: Training, step: int, stopwatch: Stopwatch) -> tuple
     num_ranks, total, share = training.accelerator.num_processes, training.micro_batches.per_step, training.share
     num_own, tree, loss_sums = len(block(total, share.num_groups, share.group)), TreeSum(total * share.num_pieces), {}
     for turn, index in enumerate(training.read.turns):
-        watchdog.moved(step, f"micro-batch {index + 1} of {total}")
+        watchdog.report_progress(step, f"micro-batch {index + 1} of {total}")
         with stopwatch.part("data"):
             batch, counts = read_micro_batch(training, step, turn)
         with stopwatch.part("forward"):
@@ -241,7 +248,7 @@ def sum_over_ranks(training: Training, step: int, stopwatch: Stopwatch) -> tuple
         if turn < num_own:
             tree.add(0, share.piece * total + index, leaf)
     release(training.model)  # with --gather_once the whole base is held until here
-    watchdog.moved(step, "reduction of the gradients")
+    watchdog.report_progress(step, "reduction of the gradients")
     pieces = share.num_pieces
     with stopwatch.part("reduce"):
         flat = tree_reduce(tree, [rank % pieces * share.num_groups + rank // pieces for rank in range(num_ranks)])
@@ -267,7 +274,7 @@ def sum_over_stages(training: Training, step: int, stopwatch: Stopwatch) -> tupl
     # A loss scaler is set up when it is first used, which would otherwise happen on the last stage alone.
     scaled(training, torch.zeros((), device=training.accelerator.device))
     for action, index in schedule(total, pipeline.stage, pipeline.num_stages):
-        watchdog.moved(step, f"{action} of micro-batch {index + 1} of {total}")
+        watchdog.report_progress(step, f"{action} of micro-batch {index + 1} of {total}")
         if action == "forward":
             under_way[index] = stage_forward(training, step, index, stopwatch)
             if pipeline.is_last:
@@ -291,7 +298,7 @@ def stage_forward(training: Training, step: int, index: int, stopwatch: Stopwatc
     shape_BTH = torch.Size([*batch.input_ids_BT.shape, model.config.hidden_size])
     dtype = model.get_input_embeddings().weight.dtype
     with stopwatch.part("wait"):
-        receive_from_before(pipeline, shape_BTH, dtype, training.accelerator.device)
+        receive_from_previous_stage(pipeline, shape_BTH, dtype, training.accelerator.device)
     try:
         with stopwatch.part("forward"):
             loss, correct = forward_loss(training, batch)
@@ -299,7 +306,7 @@ def stage_forward(training: Training, step: int, index: int, stopwatch: Stopwatc
     except StageDone as done:
         (hidden_states_BTH,) = done.args
         assert (hidden_states_BTH.shape, hidden_states_BTH.dtype) == (shape_BTH, dtype)
-        send_onward(pipeline, hidden_states_BTH)
+        send_to_next_stage(pipeline, hidden_states_BTH)
         return StageForward(pipeline.inbox_BTH, hidden_states_BTH, [0.0] * (2 + NUM_COUNTS))
 
 
@@ -340,7 +347,7 @@ def apply_gradient(training: Training, grad: torch.Tensor, *, keep: bool = False
         scaler.update()
     elif not skipped:
         if training.zero2:
-            step_with(training.zero2, training.params, grad)
+            zero2_step(training.zero2, training.params, grad)
         else:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,6 @@ def inspect(directory: Path) -> list[dict]:
 def history(folder: RunFolder) -> list[dict]:
     """The rows of all starts, as `wandb sync` would send them."""
     rows = [
-        record["history"]["item"] for path in folder.wandb_offline() for record in inspect(path) if "history" in record
+        record["history"]["item"] for path in folder.wandb_pending() for record in inspect(path) if "history" in record
     ]
     return [row for row in rows if STEP in row]

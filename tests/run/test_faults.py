@@ -135,8 +135,8 @@ def test_a_stalled_step_is_named_with_all_stacks(folder):
     ended = fork_ranks(*FLAGS, *flags, num_ranks=3, strategy="fsdp", patch=patch)
     assert [code for code, _, _ in ended] == [1, 1, 1]
     said = "".join(err for _, _, err in ended)
-    assert said.count("step 4 stalled: nothing moved for 4 s") == 1
-    assert f"not waiting for others: rank 1 ({socket.gethostname()}) in step.py:" in said
+    assert said.count("step 4 stalled: no progress for 4 s") == 1
+    assert f"ranks that do not wait for others: rank 1 ({socket.gethostname()}) in step.py:" in said
     stacks = [path.read_text() for path in sorted(folder.root.glob("stacks-rank-*.txt"))]
     assert len(stacks) == 3
     assert ["in sits_there" in text for text in stacks] == [False, True, False]  # where it sleeps
@@ -279,7 +279,7 @@ def test_a_full_disk_costs_no_step_and_no_checkpoint(small_disk):
     flags = ("--output_dir", str(folder.root), "--max_steps", "40", "--max_failed_saves", "100")
     with forked_ranks(*FLAGS, *flags, num_ranks=2) as ranks:
         wait_for_step(folder, 4)
-        deadline, warnings = time.monotonic() + 30, ("could not save", "its lines are kept until there is room")
+        deadline, warnings = time.monotonic() + 30, ("could not save", "its lines are kept in memory until there is room")
         while not all(warning in ranks.texts(0)[1] for warning in warnings) and time.monotonic() < deadline:
             filler = fill(small_disk)
             time.sleep(0.02)
@@ -382,7 +382,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(folder):
         process.kill()
     assert process.returncode == 0, said[-3000:]
     assert "is gone; last completed step: " in said
-    assert "going on from " in said
+    assert "continuing from " in said
     state = folder.read_state()
     assert (state["status"], state["step"], state["restarts"]) == ("completed", 16, 1)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
@@ -406,7 +406,7 @@ def test_metrics_go_on_where_wandb_is_gone(folder, capsys):
         for step in (1, 2):
             metrics.log({"train/loss": 2.5}, step)
     assert [json.loads(line)["train/global_step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
-    gone = "is gone (ConnectionResetError: Connection lost); metrics.jsonl goes on"
+    gone = "failed (ConnectionResetError: Connection lost); the run continues, and metrics.jsonl has all metrics"
     assert capsys.readouterr().err == f"warning: wandb {gone}\nwarning: tensorboard {gone}\n"  # once
 
 

@@ -93,7 +93,7 @@ def test_on_two_one_four_two_ranks_and_every_strategy(undisturbed, tmp_path):
     four = start(folder, *flags, "--shard_size", "2", kill_after=9, num_ranks=4, strategy="hsdp", **how)
     two = start(folder, *flags, num_ranks=2, strategy="ddp", **how)
     for ended, step, ranks in ((one, 2, 1), (four, 6, 4), (two, 8, 2)):
-        assert f"going on from {folder.checkpoint(step)}" in ended[0][1]
+        assert f"continuing from {folder.checkpoint(step)}" in ended[0][1]
         assert f"shared by {ranks} rank(s) = 8 sequences a step" in ended[0][1]
         assert not ended[0][2]  # no warning
     assert adapter(folder) == adapter(whole)
@@ -142,7 +142,7 @@ def test_into_and_out_of_deepspeed(undisturbed, tmp_path):
     start(folder, *flags, *engines[2], kill_after=7, num_ranks=2)
     start(folder, *flags, *engines[3], kill_after=9, num_ranks=2)
     ended = start(folder, *flags, num_ranks=2, strategy="fsdp", **how)
-    assert f"going on from {folder.checkpoint(8)}" in ended[0][1]
+    assert f"continuing from {folder.checkpoint(8)}" in ended[0][1]
     assert trajectory(folder) == trajectory(whole)
     assert adapter(folder) == adapter(whole)
 
@@ -187,7 +187,7 @@ def test_the_loss_scaler_goes_on(tmp_path):
         if kill:
             assert fork_ranks(*flags, num_ranks=1, patch=scaled(kill))[0][0] == -signal.SIGKILL
         ((code, out, err),) = fork_ranks(*flags, num_ranks=1, patch=scaled())
-        assert code == 0 and ("going on from" in out) == (name == "killed"), err
+        assert code == 0 and ("continuing from" in out) == (name == "killed"), err
         scalers.append(json.loads((folder.checkpoint(STEPS) / "training_state.json").read_text())["loss_scaler"])
     assert scalers[0] == scalers[1] and scalers[0]["scale"] == 256 * 2 ** (STEPS // 3)
 

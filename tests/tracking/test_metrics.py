@@ -69,7 +69,7 @@ def test_only_rank_0_writes(folder):
     [
         ("tensorbord", "no tracker 'tensorbord'; did you mean tensorboard?"),
         ("wandb,none", "no tracker 'none'; give none, or some of wandb,aim,clearml"),
-        ("wandb,wandb", "names one twice"),
+        ("wandb,wandb", "names a tracker twice"),
         ("", "no tracker ''"),
         ("mlflow", "needs a package: pip install mlflow"),
     ],

@@ -25,7 +25,7 @@ def whole(tmp_path_factory) -> tuple[RunFolder, str]:
 
 def test_one_run_of_both_ranks_with_every_step(whole):
     folder, said = whole
-    (directory,) = folder.wandb_offline()
+    (directory,) = folder.wandb_pending()
     assert f"wandb: offline; upload with: wandb sync {directory}\n" in said
     assert said.count("upload with") == 2  # at the start and at the end
     rows = history(folder)
@@ -42,7 +42,7 @@ def test_one_run_of_both_ranks_with_every_step(whole):
 
 def test_its_config_says_how_it_was_made(whole):
     folder, _ = whole
-    (run,) = [record["run"] for record in inspect(folder.wandb_offline()[0]) if "run" in record][:1]
+    (run,) = [record["run"] for record in inspect(folder.wandb_pending()[0]) if "run" in record][:1]
     text = json.dumps(run)
     for word in ("lora_r", "git_commit", "versions", "ddp", "num_ranks", "trainable_params", "device", "rows"):
         assert word in text, word
@@ -58,8 +58,8 @@ def test_killed_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
             os.kill(process.pid, signal.SIGKILL)
     ended = fork_ranks(*flags, num_ranks=2, env=OFFLINE)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
-    assert f"wandb sync {' '.join(map(str, folder.wandb_offline()))}\n" in ended[0][1]
-    assert len(folder.wandb_offline()) == 2
+    assert f"wandb sync {' '.join(map(str, folder.wandb_pending()))}\n" in ended[0][1]
+    assert len(folder.wandb_pending()) == 2
     rows, undisturbed = history(folder), history(whole[0])
     assert Counter(row[STEP] for row in rows) == Counter(range(25))
     for ours, theirs in zip(rows, undisturbed, strict=True):
@@ -69,7 +69,7 @@ def test_killed_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
     assert first["previous"] is None and (first["step"], second["step"]) == (0, 10)
     assert second["previous"] == {"status": "running", "error": None}
     assert folder.samples.read_text() == whole[0].samples.read_text()
-    runs = [record["run"] for path in folder.wandb_offline() for record in inspect(path) if "run" in record]
+    runs = [record["run"] for path in folder.wandb_pending() for record in inspect(path) if "run" in record]
     assert {run["run_id"] for run in runs} == {folder.read_state()["wandb_run_id"]}
 
 
