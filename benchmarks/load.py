@@ -21,6 +21,7 @@ from common import PeakMemory, bytes_read, header, make_base, mb, run_ranks, tab
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, logging
 
 from lora_dist.embedded import BASE_DIR
+from lora_dist.model.load import BaseOptions
 from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.strategies import Placement
 
@@ -30,11 +31,8 @@ CPU = torch.device("cpu")
 
 
 def ours(quantization, base, cache):
-    placement = Placement(shard_ranks=dist.get_world_size())
-    model = load_cached_base(
-        str(base), cache=cache and str(cache), quantization=quantization, dtype=torch.bfloat16, device=CPU,
-        placement=placement,
-    )  # fmt: skip
+    options = BaseOptions(quantization, torch.bfloat16, CPU, Placement(shard_ranks=dist.get_world_size()))
+    model = load_cached_base(str(base), options, cache=cache and str(cache))
     return sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
 
 

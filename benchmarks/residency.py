@@ -61,7 +61,7 @@ def on_rank(rank, placement, base, folder):
     config = dataclasses.replace(CONFIG, model_name_or_path=str(base))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = load_base(str(base), quantization="int8", dtype=DTYPE, device=CPU, placement=Placement(**placement))
-    held = base_bytes(model)
+    base_memory = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
@@ -76,9 +76,9 @@ def on_rank(rank, placement, base, folder):
         results.append(train_step(training, step))
         times.append(time.perf_counter() - started)
     gathered = (gathered_bytes(model) - before) // STEPS
-    alive = held.per_rank + 3 * 4 * sum(p.numel() for p in training.params)  # with the adapters and AdamW's moments
+    alive = base_memory.held + 3 * 4 * sum(p.numel() for p in training.params)  # with the adapters and AdamW's moments
     peak = alive + peak_of_live_bytes(training, 1 + STEPS)
-    return median(times), gathered, held.per_rank, peak, [(r.loss, r.grad_norm) for r in results]
+    return median(times), gathered, base_memory.held, peak, [(r.loss, r.grad_norm) for r in results]
 
 
 def main():

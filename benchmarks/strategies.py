@@ -53,7 +53,7 @@ def on_rank(rank, placement, base, folder):
     config = dataclasses.replace(CONFIG, model_name_or_path=str(base))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = load_base(str(base), quantization="int8", dtype=DTYPE, device=CPU, placement=placement)
-    held = base_bytes(model)
+    base_memory = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(5, VOCAB, (LENGTH,), generator=generator).tolist() for _ in range(64)]
@@ -73,7 +73,7 @@ def on_rank(rank, placement, base, folder):
     if dist.is_initialized():
         dist.barrier()
     sent = (int(COUNTER.read_text()) - before) // STEPS
-    return median(times), sent, held.per_rank, held.total, fingerprint(model).hex()
+    return median(times), sent, base_memory.held, base_memory.total, fingerprint(model).hex()
 
 
 def main():

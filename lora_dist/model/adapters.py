@@ -1,4 +1,4 @@
-"""The adapters: added to the base after it is sharded, plain fp32 tensors, the same bytes on every rank."""
+"""The adapters: plain fp32 tensors, added to the base after it is sharded, with the same bytes on every rank."""
 
 import contextlib
 import hashlib
@@ -16,23 +16,24 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatch, model_inputs
-from lora_dist.data.tasks import CLASSIFIERS, TASKS
+from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
 from lora_dist.errors import RunFailed, UserError, require
 from lora_dist.files import write_whole
-from lora_dist.model.quantization import FrozenLinear, packed_weights
+from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather
 from lora_dist.parallel.zero import is_partitioned, whole_shape
 from lora_dist.seeds import random_key
 
-# In a model with experts PEFT takes these for the experts' stacked weights, and wraps those: not once they are packed.
+# In a model with experts PEFT maps these names to the experts' stacked parameter and wraps it, which is impossible once
+# that is quantized.
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Last name of every linear layer that can get an adapter, as `--lora_target_modules` takes them.
+    """Last name of every linear layer that can get an adapter: the valid values of `--lora_target_modules`.
 
-    Not the head; and in a model with experts not the names that PEFT takes for experts.
+    The head is left out, and in a model with experts so are the names that PEFT would look for in the experts.
     """
     names = {
         name.rpartition(".")[2]
@@ -44,7 +45,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Raises UserError where a module to adapt or to train whole is not in the model, or cannot be."""
+    """Raises UserError if the model lacks a module to adapt or to train whole, or if that module does not allow it."""
     targets, names = config.lora_target_modules, linear_names(model)
     for target in targets:
         if target not in names and targets != ["all-linear"]:
@@ -57,22 +58,24 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
         found = [module for name, module in model.named_modules() if name.endswith(wanted)]
         example = " ".join(name.rpartition(".")[2] for name, module in model.named_modules() if module in heads)
         require(found, "modules_to_save", wanted, f"no such module; e.g. {example}")
-        is_packed = any(packed_weights(m) for module in found for m in module.modules())
-        require(not is_packed, "modules_to_save", wanted, "is quantized, and only the unquantized can be trained whole")
+        is_quantized = any(quantized_weights(m) for module in found for m in module.modules())
+        why = "is quantized; only modules that are not quantized can be trained whole"
+        require(not is_quantized, "modules_to_save", wanted, why)
         tied = model.config.tie_word_embeddings and not heads.isdisjoint(found)
-        require(not tied, "modules_to_save", wanted, "is tied to another, which would stay as it is")
+        why = "is tied to another module, which would keep the old weight, so it cannot be trained whole"
+        require(not tied, "modules_to_save", wanted, why)
 
 
-def is_trained(config: TrainConfig, name: str) -> bool:
-    """Whether a parameter of the base, by its name, may be trained: such is kept whole on every rank."""
+def is_trained_parameter(config: TrainConfig, name: str) -> bool:
+    """True if the base's parameter of this name will be trained. It is then not sharded."""
     modules = list(accumulate(name.split(".")[:-1], lambda path, step: f"{path}.{step}"))
-    wanted = [*(config.modules_to_save or ()), *(CLASSIFIERS if TASKS[config.task_type].has_classes else ())]
+    wanted = [*(config.modules_to_save or ()), *(CLASSIFIER_HEADS if TASKS[config.task_type].has_classes else ())]
     saved = any(path.endswith(module) for path in modules for module in wanted)  # PEFT's rule
     return saved or (config.lora_bias != "none" and name.endswith("bias"))
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """LoRA on the target modules, initialised from `--seed` alone, with gradient checkpointing if asked for."""
+    """Add LoRA to the target modules, initialised from `--seed` alone, and turn on gradient checkpointing if asked."""
     targets = config.lora_target_modules
     lora = LoraConfig(
         task_type=config.task_type, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -80,18 +83,18 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         use_rslora=config.use_rslora, use_dora=config.use_dora, modules_to_save=config.modules_to_save,
     )  # fmt: skip
     torch.manual_seed(random_key(config.seed, "adapters") % 2**32)
-    for name in vars(model).get("new_parameters", ()):  # a head that the checkpoint lacks
+    for name in vars(model).get("new_parameters", ()):  # a classifier's head that the checkpoint lacks
         param = model.get_parameter(name)
         param.data.normal_(std=0.02) if param.dim() > 1 else param.data.zero_()
     peft_model = get_peft_model(model, lora)
-    for param in trainable_parameters(peft_model).values():  # copies of modules to save are in the base's 16 bits
+    for param in trainable_parameters(peft_model).values():  # PEFT copies modules to save in the base's 16 bits
         param.data = param.data.float()
     if config.gradient_checkpointing:
-        # Non-reentrant: the inputs of a frozen layer need no gradient, which the reentrant form would require.
-        how = {"use_reentrant": False}
-        if is_partitioned(model):  # it would look at the weights' shapes when DeepSpeed has freed them again
-            how["determinism_check"] = "none"
-        model.activation_checkpointing_enable(how)
+        # Reentrant checkpointing would require a gradient for the input of a frozen layer.
+        options = {"use_reentrant": False}
+        if is_partitioned(model):  # the check would compare shapes of weights that DeepSpeed has freed again
+            options["determinism_check"] = "none"
+        model.activation_checkpointing_enable(options)
     return peft_model
 
 
@@ -100,16 +103,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, counting the weights of a packed layer and not the numbers that encode them."""
-    packed = [(module, p) for module in model.modules() for p in packed_weights(module).values()]
-    parts = {id(part) for module, p in packed for part in p.parts(module)}
-    total = sum(torch.Size(p.shape).numel() for _, p in packed)
+    """(number of trainable parameters, of all). A quantized weight counts by its float shape, not by its parts."""
+    quantized = [(module, weight) for module in model.modules() for weight in quantized_weights(module).values()]
+    parts = {id(part) for module, weight in quantized for part in weight.parts(module)}
+    total = sum(torch.Size(weight.shape).numel() for _, weight in quantized)
     total += sum(whole_shape(param).numel() for param in model.parameters() if id(param) not in parts)
     return sum(param.numel() for param in trainable_parameters(model).values()), total
 
 
 def fingerprint(model: nn.Module) -> bytes:
-    """sha256 of all adapter parameters: names, dtypes and bytes."""
+    """sha256 of the names, dtypes, shapes and bytes of all trainable parameters."""
     digest = hashlib.sha256()
     for name, param in trainable_parameters(model).items():
         digest.update(f"{name} {param.dtype} {tuple(param.shape)}".encode())
@@ -118,32 +121,33 @@ def fingerprint(model: nn.Module) -> bytes:
 
 
 def check_identical(model: nn.Module) -> str:
-    """The adapters' sha256, in hex. Raises RuntimeError where ranks hold different adapters. Collective."""
+    """The adapters' sha256, in hex. Raises RuntimeError if they are not the same on all ranks. Collective."""
     own = fingerprint(model)
     digests = gather(own)
-    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if odd:
-        raise RuntimeError(f"the adapters of ranks {odd} differ from rank 0's")
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise RuntimeError(f"the adapters of ranks {differing} differ from rank 0's")
     return own.hex()
 
 
 def save_adapter(model: PeftModel, tokenizer, folder: Path, params: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter in PEFT's format, with the tokenizer. Rank 0 only.
+    """Write the adapter in PEFT's format, with the tokenizer. Called on rank 0 only.
 
-    `params`: the trainable parameters by name, where it is not those in the model.
+    `params`: the trainable parameters by name. Default: those in the model.
     """
-    # No embedding is trained unasked; left to find that out, PEFT would ask the hub for the base's vocabulary.
+    # Embeddings are trained only if modules_to_save names them; to find out, PEFT would ask the hub for the base's
+    # vocabulary.
     model.save_pretrained(folder, state_dict=params, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
-    if TASKS[model.peft_config["default"].task_type].has_classes:  # PEFT does not keep the base's config
+    if TASKS[model.peft_config["default"].task_type].has_classes:  # PEFT does not save the base's config
         write_whole(folder / "labels.json", json.dumps(list(model.config.id2label.values())) + "\n")
 
 
 def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, autocast=contextlib.nullcontext) -> None:
-    """Read a saved adapter back and raise RuntimeError unless it is the one in `model`. Collective: it runs the base.
+    """Read a saved adapter back and raise RuntimeError unless it equals the one in `model`. Collective.
 
-    Checks that no key is missing or extra, that every tensor has the bytes in memory, that `lora_B` is not all zero
-    (RunFailed), and that PEFT, loading the folder beside the live adapter, computes the same logits.
+    It checks that no key is missing or extra, that every tensor has the same bytes as in memory, and that PEFT computes
+    the same logits with the adapter from the folder. Raises RunFailed if every `lora_B` is zero.
     """
     saved, expected = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     if saved.keys() != expected.keys():
@@ -152,9 +156,9 @@ def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, autocas
     if changed:
         raise RuntimeError(f"{folder}: bytes differ from the model's in {changed[:4]}")
     if not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
-        raise RunFailed("the adapter is dead: every lora_B is zero, so nothing was trained; see --learning_rate")
+        raise RunFailed("every lora_B of the adapter is zero, so nothing was trained; check --learning_rate")
     live = probe_logits(model, probe, autocast)
-    if model.peft_config["default"].bias != "none":  # PEFT has no second adapter then: load it over the live one
+    if model.peft_config["default"].bias != "none":  # PEFT then allows no second adapter: load over the live one
         for param in trainable_parameters(model).values():
             param.data.zero_()
         set_peft_model_state_dict(model, saved)
@@ -162,7 +166,8 @@ def verify_adapter(model: PeftModel, folder: Path, probe: MicroBatch, *, autocas
     else:
         reloaded = _logits_of_second_adapter(model, folder, probe, autocast)
     if not torch.equal(live, reloaded):
-        raise RuntimeError(f"{folder}: PEFT loads it to other logits, by up to {(live - reloaded).abs().max():.3g}")
+        apart = (live - reloaded).abs().max()
+        raise RuntimeError(f"{folder}: PEFT computes other logits with it; they differ by up to {apart:.3g}")
 
 
 def _logits_of_second_adapter(model: PeftModel, folder: Path, probe: MicroBatch, autocast) -> torch.Tensor:
@@ -177,7 +182,10 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, probe: MicroBatch,
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: MicroBatch, autocast) -> torch.Tensor:
-    """Logits without dropout. Collective. Each under its own `autocast`: one keeps the casts of what it has seen."""
+    """Logits of `probe` without dropout (B, T, V), under `autocast()`. Collective.
+
+    Each call makes its own autocast context, because a context caches its casts of the weights.
+    """
     training = model.training
     model.eval()
     with autocast():

@@ -1,8 +1,8 @@
-"""The base's weights on disk, as tensors of which only the rows that are asked for are read.
+"""Checkpoint files as lazy tensors, which read only the rows that are asked for; and safetensors files written by rows.
 
-transformers' loader takes them in place of its own (`state_dict=`) and slices them by the placement of each parameter.
-Files are read with pread: what a rank reads is what it asked for, to the byte, and no page of a file is mapped into it.
-(safetensors' own pread backend, 0.8, reads a whole tensor to give a slice of it; torch.load maps the whole file.)
+transformers' loader gets the lazy tensors as its `state_dict` and slices them by the placement of each parameter. Files
+are read with pread, so a rank reads exactly the bytes that it asked for, and maps no page of a file into its memory.
+(safetensors 0.8 has a pread backend, but it reads a whole tensor to return a slice; torch.load maps the whole file.)
 """
 
 import json
@@ -24,13 +24,13 @@ from lora_dist.files import write_whole
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor on disk. `read(rows, columns)` reads that block; `columns` cut its second dimension."""
+    """A tensor on disk. `read(rows, columns)` reads a block: slices of the first and of the second dimension."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[slice, slice], torch.Tensor]
 
-    def get_shape(self) -> list[int]:  # the name the loader asks for, that of safetensors' slices
+    def get_shape(self) -> list[int]:  # the loader calls it, because safetensors' slices have it
         return list(self.shape)
 
     def __getitem__(self, index) -> torch.Tensor:
@@ -39,7 +39,7 @@ class LazyTensor:
         return self.read(index[0] if index else slice(None), slice(None))[(slice(None), *index[1:]) if index else ()]
 
     def as_rows(self, *shape: int) -> "LazyTensor":
-        """The same elements in fewer, longer rows."""
+        """The same elements in another shape, which has fewer and longer rows."""
         ratio = self.shape[0] // shape[0]
 
         def read(rows, columns):
@@ -49,17 +49,20 @@ class LazyTensor:
         return LazyTensor(shape, self.dtype, read)
 
     def viewed(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same bytes as another dtype; the last dimension changes with the size of an element."""
+        """The same bytes as another dtype. The last dimension changes with the size of an element."""
         last = self.shape[-1] * self.dtype.itemsize // dtype.itemsize
         return LazyTensor((*self.shape[:-1], last), dtype, lambda rows, columns: self.read(rows, columns).view(dtype))
 
     def transposed(self) -> "LazyTensor":
-        """Of a matrix. Reading rows of it reads columns of the file: 1/N of the bytes, in short pieces."""
+        """The transpose of a matrix. Reading its rows reads columns of the file: only those bytes, in short reads."""
         return LazyTensor(self.shape[::-1], self.dtype, lambda rows, columns: self.read(columns, rows).t().contiguous())
 
 
 def weight_files(name: str) -> list[Path]:
-    """The checkpoint files of a model directory or hub name, downloaded if need be: safetensors, else .bin."""
+    """The checkpoint files of a model directory or hub name: safetensors, or .bin if there are none.
+
+    Downloads them if needed. Raises UserError if there are none.
+    """
     try:
         files, _ = _get_resolved_checkpoint_files(
             model_path(name), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False
@@ -70,7 +73,7 @@ def weight_files(name: str) -> list[Path]:
 
 
 def open_weights(files: list[Path]) -> dict[str, LazyTensor]:
-    """Name to tensor of all the files; nothing but their headers is read. Raises UserError where one is damaged."""
+    """All tensors of the files, by name. Reads only the headers. Raises UserError if a file is damaged."""
     tensors = {}
     for file in files:
         tensors |= _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
@@ -88,21 +91,21 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     except (struct.error, ValueError):
         complete = False
     if not complete:
-        raise UserError(f"--model_name_or_path {file}: cut short or damaged; get the file again")
-    places = {
+        raise UserError(f"--model_name_or_path {file}: the file is truncated or damaged; download it again")
+    locations = {
         name: (tuple(e["shape"]), str_to_torch_dtype[e["dtype"]], 8 + header_size + e["data_offsets"][0])
         for name, e in header.items()
     }
-    return _lazy_tensors(file, places)
+    return _lazy_tensors(file, locations)
 
 
-def _lazy_tensors(file: Path, places: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
-    """Name to tensor of a file, from the shape, dtype and first byte of each."""
-    descriptor = os.open(file, os.O_RDONLY)  # for the process's lifetime: a base is loaded once
-    return {name: _in_file(descriptor, *place) for name, place in places.items()}
+def _lazy_tensors(file: Path, locations: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
+    """The tensors of a file by name. `locations`: (shape, dtype, offset of the first byte) of each."""
+    descriptor = os.open(file, os.O_RDONLY)  # open until the process ends: a base is loaded once
+    return {name: _tensor_in_file(descriptor, *location) for name, location in locations.items()}
 
 
-def _in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
+def _tensor_in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
     row_numel = torch.Size(shape[1:]).numel()
 
     def read(rows, columns):
@@ -113,11 +116,11 @@ def _in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start:
             block = _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])
             return block if shape else block[0]
         left, right, _ = columns.indices(shape[1])
-        pieces = [
+        block_rows = [
             _pread(descriptor, right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)
             for row in range(first, last)
         ]
-        return torch.stack(pieces)
+        return torch.stack(block_rows)
 
     return LazyTensor(shape, dtype, read)
 
@@ -134,34 +137,32 @@ def _pread(descriptor: int, numel: int, dtype: torch.dtype, offset: int) -> torc
 
 
 def _open_bin(file: Path) -> dict[str, LazyTensor]:
-    """torch's own reading of its zip, without the data: on fake tensors it leaves where in the file each one lies."""
+    """The tensors of a .bin file. Under FakeTensorMode torch.load reads no data, but records each storage's offset."""
     try:
         with FakeTensorMode():
             tensors = torch.load(file, weights_only=True)
-        return _lazy_tensors(file, {name: _place_in_zip(tensor) for name, tensor in tensors.items()})
+        return _lazy_tensors(file, {name: _location_in_zip(tensor) for name, tensor in tensors.items()})
     except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model_name_or_path {file}: {reason}; save the model as safetensors") from None
 
 
-def _place_in_zip(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
+def _location_in_zip(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
+    """(shape, dtype, offset of the first byte) of a fake tensor in its file."""
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None or not tensor.is_contiguous():
-        raise ValueError("its tensors do not lie in the file row by row")
+        raise ValueError("its tensors are not stored row by row")
     return tuple(tensor.shape), tensor.dtype, start + tensor.storage_offset() * tensor.element_size()
 
 
 @dataclass(frozen=True)
 class OwnRows:
-    """A tensor to write that all ranks hold together: its shape and dtype, and this rank's part of its elements.
+    """A tensor that the ranks write together, with the elements that this rank writes."""
 
-    `own` is empty on a rank that has nothing of it to write; `start` is the index of its first element in the whole.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    own: torch.Tensor
-    start: int = 0
+    own: torch.Tensor  # what this rank writes; may be empty
+    start: int = 0  # index of the first element of `own` in the flattened whole tensor
 
     @property
     def num_bytes(self) -> int:
@@ -171,10 +172,10 @@ class OwnRows:
 def write_safetensors(
     folder: Path, tensors: dict[str, OwnRows], *, max_file_bytes: int, is_main: bool, barrier: Callable[[], None]
 ) -> None:
-    """Write tensors to safetensors files that do not depend on the number of ranks, each rank its own rows.
+    """Write safetensors files, each rank its own rows, and an index file if there are several. Collective.
 
-    With an index file where there are several. Every rank must name the same tensors in the same order; `is_main` is
-    one of them, and `barrier()` waits for all. Files are on disk (fsync) when it returns.
+    The files are the same at any number of ranks, and on the disk (fsync) when it returns. Every rank must pass the
+    same names in the same order. `is_main` is True on one rank; `barrier()` waits for all ranks.
     """
     groups, size = [{}], 0
     for name, tensor in tensors.items():
@@ -187,8 +188,8 @@ def write_safetensors(
     for file_name, group in zip(names, groups, strict=True):
         _write_rows(folder / file_name, group, barrier)
     if len(groups) > 1 and is_main:
-        where = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
-        index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": where}
+        file_of = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": file_of}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     barrier()
 
@@ -202,7 +203,7 @@ def _write_rows(file: Path, tensors: dict[str, OwnRows], barrier: Callable[[], N
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    os.ftruncate(descriptor, 8 + len(text) + end)  # the same on all ranks, in any order
+    os.ftruncate(descriptor, 8 + len(text) + end)  # all ranks set the same size, so their order does not matter
     barrier()
     os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Bytes of the base and of training on a rank: counted once it is loaded, estimated before."""
+"""Memory of a rank: the bytes of a loaded base, counted; and the bytes that a run will need, estimated beforehand."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_dist.config import TrainConfig
 from lora_dist.errors import require
-from lora_dist.model.quantization import packed_weights
+from lora_dist.model.quantization import quantized_weights
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.strategies import Placement
 from lora_dist.parallel.zero import partitioned_bytes, whole_shape
@@ -18,32 +18,32 @@ from lora_dist.parallel.zero import partitioned_bytes, whole_shape
 
 @dataclass(frozen=True)
 class BaseBytes:
-    """Bytes of the frozen base: of all ranks' distinct parameters, and as held here (padding of shards included)."""
+    """Bytes of the frozen base. `held`: on this rank, with the padding of its shards. `total`: of the whole base."""
 
     total: int
-    per_rank: int
+    held: int
     quantized_total: int
-    quantized_per_rank: int
+    quantized_held: int
 
 
 def base_bytes(model: nn.Module) -> BaseBytes:
-    """Counts storages as they are now; call it while nothing is gathered (after loading, or after `reshard`)."""
-    total = per_rank = quantized_total = quantized_per_rank = 0
-    quantized = {id(part) for m in model.modules() for packed in packed_weights(m).values() for part in packed.parts(m)}
+    """Count the memory of the frozen parameters. Call it when nothing is gathered: after loading or `release`."""
+    total = held = quantized_total = quantized_held = 0
+    quantized = {id(part) for m in model.modules() for w in quantized_weights(m).values() for part in w.parts(m)}
     for param in model.parameters():  # tied parameters come once
         if param.requires_grad:
             continue
         local = param.to_local() if isinstance(param, DTensor) else param
-        held = partitioned_bytes(param) or local.untyped_storage().nbytes()
+        held_here = partitioned_bytes(param) or local.untyped_storage().nbytes()
         whole = whole_shape(param).numel() * param.dtype.itemsize
-        total, per_rank = total + whole, per_rank + held
+        total, held = total + whole, held + held_here
         if id(param) in quantized:
-            quantized_total, quantized_per_rank = quantized_total + whole, quantized_per_rank + held
-    return BaseBytes(total, per_rank, quantized_total, quantized_per_rank)
+            quantized_total, quantized_held = quantized_total + whole, quantized_held + held_here
+    return BaseBytes(total, held, quantized_total, quantized_held)
 
 
 def memory_budget_bytes(config: TrainConfig) -> int:
-    """`--memory_budget_gib`, or what is free: on the GPU, or this rank's part of the host's."""
+    """Bytes of `--memory_budget_gib`. Default: the GPU's free memory, or the host's divided by the ranks on it."""
     if config.memory_budget_gib:
         return int(config.memory_budget_gib * 2**30)
     if torch.cuda.is_available():
@@ -53,9 +53,9 @@ def memory_budget_bytes(config: TrainConfig) -> int:
 
 
 def layers_that_fit(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype: torch.dtype, budget: int) -> int:
-    """The most resident layers whose estimated peak is within `budget` bytes; all of them: the base is whole.
+    """The largest number of resident layers whose estimated peak is at most `budget` bytes.
 
-    Raises UserError where none fits.
+    If that is all layers, the base is not sharded. Raises UserError if no number fits.
     """
     peaks = [
         peak_bytes(skeleton, config, shard_size, dtype, resident)
@@ -64,20 +64,23 @@ def layers_that_fit(skeleton: nn.Module, config: TrainConfig, shard_size: int, d
     least = min(peaks)
     require(
         least <= budget, "memory_budget_gib", f"{budget / 2**30:.3g}",
-        f"the base shared by {shard_size} ranks needs an estimated {least / 2**30:.3g} GiB at the least; "
+        f"a base that {shard_size} ranks share needs at least {least / 2**30:.3g} GiB per rank, by estimate; "
         "lower --per_device_train_batch_size or --max_length, or use more ranks",
     )  # fmt: skip
     return max(resident for resident, peak in enumerate(peaks) if peak <= budget)
 
 
 def layer_bytes(skeleton: nn.Module) -> tuple[int, list[int]]:
-    """(bytes of the base outside its layers, of each layer)."""
+    """(bytes of the base outside of its decoder layers, bytes of each decoder layer)."""
     layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
     return base_bytes(skeleton).total - sum(layers), layers
 
 
-def base_bytes_per_rank(outside: int, layers: list[int], shard_size: int, resident: int) -> int:
-    """Of the base, on each of `shard_size` ranks that share it, with that many resident layers; all: it is whole."""
+def expected_base_bytes(outside: int, layers: list[int], shard_size: int, resident: int) -> int:
+    """Bytes of the base on each of `shard_size` ranks that share it. If all layers are resident, it is not sharded.
+
+    `outside` and `layers`: from `layer_bytes`. `resident`: number of resident layers.
+    """
     if resident == len(layers):
         return outside + sum(layers)
     whole = sum(layers[len(layers) - resident :])
@@ -86,34 +89,36 @@ def base_bytes_per_rank(outside: int, layers: list[int], shard_size: int, reside
 
 @dataclass(frozen=True)
 class Expected:
-    """Bytes on a rank, reckoned before anything is loaded; None where this placement is not reckoned."""
+    """Bytes on a rank, estimated before anything is loaded; None if there is no estimate for this placement."""
 
     base_bytes_per_rank: int | None
-    peak_bytes_per_rank: int | None  # an upper estimate
+    peak_bytes_per_rank: int | None  # the measured peak should be below
 
 
 def expected_memory(skeleton: nn.Module, config: TrainConfig, placement: Placement, dtype: torch.dtype) -> Expected:
+    """`skeleton`: the quantized model on meta. `dtype`: of what is not quantized."""
     if placement.stages > 1:
         return Expected(None, None)
     resident = len(decoder_layers(skeleton)) if placement.shard_ranks == 1 else placement.resident_layers
-    held = base_bytes_per_rank(*layer_bytes(skeleton), placement.shard_ranks, resident)
+    held = expected_base_bytes(*layer_bytes(skeleton), placement.shard_ranks, resident)
     if placement.zero_stage == 3 or placement.offload or placement.context_ranks > 1 or placement.gather_once:
         return Expected(held, None)
     return Expected(held, peak_bytes(skeleton, config, placement.shard_ranks, dtype, resident))
 
 
 def peak_bytes(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype: torch.dtype, resident: int) -> int:
-    """A rank's estimated peak in a step with that many resident layers: an upper estimate, the base's part by count.
+    """Upper estimate of a rank's peak in a step, with `resident` resident layers, in bytes.
 
-    base at rest + what is gathered (the root group twice, two layers twice) + one dequantized weight + adapters with
-    gradients, AdamW's moments and the reduction's buffers + activations of the longest micro-batch.
+    It is the sum of: the base that this rank holds, counted; what is gathered (the root group twice, two layers twice);
+    one dequantized weight; the adapters with their gradients, AdamW's moments and the buffers of the reduction; and the
+    activations of the longest micro-batch.
     """
     outside, layers = layer_bytes(skeleton)
-    gathered = 2 * outside + 4 * max(layers) if resident < len(layers) else 0  # whole: nothing is gathered
-    held = base_bytes_per_rank(outside, layers, shard_size, resident)
-    matrices = [p.shape for m in skeleton.modules() for p in packed_weights(m).values()]
-    matrices += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
-    dequantized = max(shape[-2] * shape[-1] for shape in matrices) * dtype.itemsize
+    gathered = 2 * outside + 4 * max(layers) if resident < len(layers) else 0  # not sharded: no gathers
+    held = expected_base_bytes(outside, layers, shard_size, resident)
+    shapes = [weight.shape for m in skeleton.modules() for weight in quantized_weights(m).values()]
+    shapes += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
+    dequantized = max(shape[-2] * shape[-1] for shape in shapes) * dtype.itemsize
     adapters = 4 * _adapter_numel(skeleton, config) * (4 + 2 + (config.gradient_accumulation_steps).bit_length())
     return int(held + gathered + dequantized + adapters + _activation_bytes(skeleton, config, dtype))
 
@@ -128,12 +133,15 @@ def _adapter_numel(skeleton: nn.Module, config: TrainConfig) -> int:
 
 
 def _activation_bytes(skeleton: nn.Module, config: TrainConfig, dtype: torch.dtype) -> int:
-    """Logits in `dtype`, in fp32, their log-softmax and its gradient; a layer's input each; and one layer's inside."""
+    """Logits in `dtype` and fp32, their log-softmax and its gradient; the input of each layer; one layer's inside.
+
+    Without gradient checkpointing the inside of every layer is kept.
+    """
     tokens, model_config = config.per_device_train_batch_size * config.max_length, skeleton.config
     logits = tokens * model_config.vocab_size * (dtype.itemsize + 3 * 4)
     layers = decoder_layers(skeleton)
     inputs = len(layers) * tokens * model_config.hidden_size * dtype.itemsize
-    # Of each linear: its output, and the copy of its input in fp32 that an adapter keeps.
+    # For each linear: its output, and the fp32 copy of its input that an adapter keeps.
     inside = max(
         sum(m.out_features * dtype.itemsize + m.in_features * 4 for m in layer.modules() if isinstance(m, nn.Linear))
         for layer in layers

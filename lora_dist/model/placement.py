@@ -1,4 +1,4 @@
-"""Where the base lies: the strategy's row and the dials of the config, turned into a `Placement`."""
+"""Chooses the `Placement` of the base from the strategy and the settings, and describes it."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError, require
 from lora_dist.model.memory import layers_that_fit, memory_budget_bytes
 from lora_dist.parallel.context import check_context_parallel
-from lora_dist.parallel.deepspeed_config import idle_keys
+from lora_dist.parallel.deepspeed_config import keys_without_effect
 from lora_dist.parallel.exact_sum import block
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.ranks import gather
@@ -22,14 +22,17 @@ from lora_dist.parallel.zero import check_zero
 def choose_placement(
     launch: Launch, config: TrainConfig, skeleton: nn.Module, *, num_ranks: int, dtype: torch.dtype
 ) -> Placement:
-    """Raises UserError where a dial cannot be had, or has no effect. `skeleton`: the packed model on meta."""
+    """Where the base will be. `skeleton`: the quantized model on meta. `dtype`: of what is not quantized.
+
+    Raises UserError if the strategy does not support a setting, or if a setting would have no effect.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    for name in launch.strategy.refuses:
-        value, why = getattr(config, name), f"cannot be had under {launch.strategy.name}; use fsdp"
+    unsupported, why = launch.strategy.refuses, f"is not supported under {launch.strategy.name}; use fsdp"
+    for name in unsupported:
+        value = getattr(config, name)
         require(value == defaults[name], name, value, why)
-    classes = TASKS[config.task_type].has_classes  # with a head that is trained whole
-    why = f"cannot be had under {launch.strategy.name}; use fsdp"
-    require(not (classes and "modules_to_save" in launch.strategy.refuses), "task_type", config.task_type, why)
+    has_classes = TASKS[config.task_type].has_classes  # the head of a classifier is trained whole, as modules_to_save
+    require(not (has_classes and "modules_to_save" in unsupported), "task_type", config.task_type, why)
     if config.context_parallel_size > 1:
         check_context_parallel(skeleton, config, num_ranks)
     placement = _choose_engine(launch, config, skeleton, num_ranks, dtype)
@@ -42,7 +45,7 @@ def _choose_engine(
     strategy = launch.strategy
     if strategy.engine == "FSDP2":
         return _choose_fsdp(launch, config, skeleton, num_ranks, dtype)
-    why = f"has no effect under {strategy.name}; it is a dial of fsdp"
+    why = f"has no effect under {strategy.name}; it is a setting of fsdp"
     require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)
     require(config.shard_size is None, "shard_size", config.shard_size, why)
     require(not config.gather_once, "gather_once", config.gather_once, why)
@@ -51,7 +54,10 @@ def _choose_engine(
     if strategy.engine == "pipeline":
         num_layers = len(decoder_layers(skeleton))
         if num_layers < num_ranks:
-            raise UserError(f"accelerate config num_processes: {num_ranks}: the model has {num_layers} layers")
+            raise UserError(
+                f"accelerate config num_processes: {num_ranks}: the model has {num_layers} layers, "
+                f"and each rank of a pipeline needs one or more; use {num_layers} ranks or fewer"
+            )
         return Placement(stages=num_ranks)
     if strategy.engine == "ZeRO-3":
         return Placement(num_ranks, offload=launch.offload, deepspeed=launch.deepspeed)
@@ -62,16 +68,17 @@ def _choose_fsdp(
     launch: Launch, config: TrainConfig, skeleton: nn.Module, num_ranks: int, dtype: torch.dtype
 ) -> Placement:
     resident, gather_once, strategy = config.resident_layers, config.gather_once, launch.strategy
-    require(not (gather_once and resident == "all"), "gather_once", gather_once, "has no effect: nothing is gathered")
+    why = "has no effect with --resident_layers all, which gathers nothing"
+    require(not (gather_once and resident == "all"), "gather_once", gather_once, why)
     one_copy = strategy.base_per_rank == "1/N"
-    why = f"has no effect under {strategy.name}, where all ranks share one copy; use accelerate_configs/hsdp.yaml"
+    why = f"has no effect under {strategy.name}: all ranks share one copy; use accelerate_configs/hsdp.yaml"
     require(config.shard_size is None or not one_copy, "shard_size", config.shard_size, why)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     shard_size = num_ranks if one_copy else config.shard_size or per_node
     require(num_ranks % shard_size == 0, "shard_size", shard_size, f"must divide the {num_ranks} ranks")
-    require(shard_size > 1, "shard_size", shard_size, "shards nothing; give 2 or more, or --resident_layers all")
+    require(shard_size > 1, "shard_size", shard_size, "must be 2 or more; --resident_layers all does not shard")
     if resident == "all":
-        why = "leaves nothing to offload, as the accelerate config's fsdp_offload_params asks; give fewer"
+        why = "leaves nothing to offload, but the accelerate config says fsdp_offload_params: true; give fewer layers"
         require(not launch.offload, "resident_layers", resident, why)
         return Placement()
     num_layers = len(decoder_layers(skeleton))
@@ -81,8 +88,8 @@ def _choose_fsdp(
         if num_resident == num_layers:
             require(
                 not launch.offload, "resident_layers", resident,
-                "finds room for the whole base, so nothing is left to offload as fsdp_offload_params asks; "
-                "leave one out",
+                "finds room for the whole base, so nothing is left to offload, but the accelerate config says "
+                "fsdp_offload_params: true; leave one of them out",
             )  # fmt: skip
             return Placement()
     else:
@@ -92,20 +99,21 @@ def _choose_fsdp(
     return Placement(shard_size, num_resident, launch.offload, gather_once)
 
 
-def agree(placement: Placement) -> Placement:
-    """The same on all ranks: of their choices the one that holds least, where `auto` found other memory. Collective."""
+def agree_on_placement(placement: Placement) -> Placement:
+    """The choice of the rank that can hold the least: with `auto` each rank looks at its own memory. Collective."""
     return min(gather(placement), key=lambda choice: (choice.shard_ranks == 1, choice.resident_layers))
 
 
-def describe(placement: Placement, num_layers: int, num_ranks: int) -> str:
-    where = _describe_base(placement, num_layers, num_ranks)
-    return where + (f"; {placement.context_ranks} ranks share each row" if placement.context_ranks > 1 else "")
+def describe_placement(placement: Placement, num_layers: int, num_ranks: int) -> str:
+    """The banner's words for it."""
+    words = _describe_base(placement, num_layers, num_ranks)
+    return words + (f"; {placement.context_ranks} ranks share each row" if placement.context_ranks > 1 else "")
 
 
 def _describe_base(placement: Placement, num_layers: int, num_ranks: int) -> str:
     if placement.stages > 1:
         sizes = [len(block(num_layers, placement.stages, stage)) for stage in range(placement.stages)]
-        return f"{' + '.join(map(str, sizes))} layers on {placement.stages} ranks, one after the other"
+        return f"{' + '.join(map(str, sizes))} layers on {placement.stages} ranks, in this order"
     if placement.shard_ranks == 1:
         return "whole on each rank"
     if placement.zero_stage == 3:
@@ -113,8 +121,8 @@ def _describe_base(placement: Placement, num_layers: int, num_ranks: int) -> str
         words = [f"partitioned over {num_ranks} ranks by DeepSpeed"]
         if placement.offload:
             words.append(f"partitions on {zero['offload_param']['device']}")
-        if idle := idle_keys(placement.deepspeed):
-            words.append(f"with nothing to act on for {' '.join(idle)}, as the base has no gradients")
+        if useless := keys_without_effect(placement.deepspeed):
+            words.append(f"{' '.join(useless)} without effect, because the base has no gradients")
         return ", ".join(words)
     copies = num_ranks // placement.shard_ranks
     words = [f"shared by {placement.shard_ranks} ranks" + (f", {copies} copies" if copies > 1 else "")]
@@ -122,5 +130,5 @@ def _describe_base(placement: Placement, num_layers: int, num_ranks: int) -> str
     if placement.offload:
         words.append("shards in host memory")
     if placement.gather_once:
-        words.append("gathered once a step")
+        words.append("gathered once per step")
     return ", ".join(words)

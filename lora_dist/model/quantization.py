@@ -1,14 +1,15 @@
-"""Frozen weights in bitsandbytes' formats, as packed integer parameters that torch's FSDP2 can shard by rows.
+"""Frozen weights in bitsandbytes' formats, as integer parameters that torch's FSDP2 can shard by rows.
 
-The only module that calls bitsandbytes' kernels, which do the arithmetic (`serialization` knows its files). Ours is
-that every packed part is a plain frozen `nn.Parameter` of an integer dtype, so that it shards, gathers and survives
-`.to(bfloat16)` unchanged, and that backward saves nothing but those parts. fp32 scales are stored as their int32 bits:
-`model.to(bf16)` and mixed precision policies would round float parameters silently.
+Only this module calls bitsandbytes' kernels, which do the arithmetic; `bitsandbytes_format` reads and writes its files.
+A quantized weight is made of parts (codes, scales). Each part is a plain frozen `nn.Parameter` of an integer dtype, so
+it can be sharded and gathered, and `.to(bfloat16)` does not change it; backward saves nothing but the parts. fp32
+scales are stored as their int32 bits, because `model.to(bf16)` and mixed precision policies would silently round float
+parameters.
 
-Row r of a weight is packed from row r alone (int8), or from whole blocks of 64 values that never cross a row (NF4,
-where in_features is a multiple of 64), so any rank can quantize its rows and get the bits of the whole.
+Any rank can quantize its own rows and gets the same bits as from the whole weight. int8 quantizes each row by itself.
+NF4 quantizes blocks of 64 values; in_features must be a multiple of 64, so that no block crosses a row.
 
-Shapes: O = out_features, I = in_features, E = experts, R = rows of this rank (of O, or of E).
+Shapes: O = out_features, I = in_features, E = experts, R = rows of this rank (out of O, or out of E).
 """
 
 from collections.abc import Callable
@@ -25,33 +26,41 @@ from lora_dist.errors import UserError
 
 _ops = torch.ops.bitsandbytes
 
-# Rows of a small tensor from all ranks, in order, and the index of this rank's first row.
+# Maps this rank's rows of a small tensor to the rows of all ranks, in order, and the index of this rank's first row.
 GatherRows = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 
 
 def as_integers(part: torch.Tensor) -> torch.Tensor:
+    """fp32 as int32 with the same bits. A tensor of another dtype is returned as it is."""
     return part.view(torch.int32) if part.dtype == torch.float32 else part
 
 
 def as_floats(part: torch.Tensor) -> torch.Tensor:
+    """int32 as fp32 with the same bits. A tensor of another dtype is returned as it is."""
     return part.view(torch.float32) if part.dtype == torch.int32 else part
 
 
 class Int8:
-    """LLM.int8 (arXiv 2208.07339): int8 rows and one fp32 scale a row; input columns with outliers stay in 16 bits."""
+    """LLM.int8 (arXiv 2208.07339): int8 codes and one fp32 scale per row.
 
-    suffixes = ("", "_scale")
+    Columns of the input that hold an outlier are multiplied in 16 bits.
+    """
+
+    suffixes = ("", "_scale")  # of the names of the parts
     outlier_threshold: ClassVar[float] = 6.0
 
     @staticmethod
     def part_shapes(shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each part of a weight (O, I) or (E, O, I). All are sharded along dimension 0."""
+        """Shape and dtype of each part of a weight (O, I) or (E, O, I). Every part is sharded along dimension 0."""
         return [(shape, torch.int8), (shape[:-1], torch.int32)]
 
     @staticmethod
     def quantize(rows: torch.Tensor, gather: GatherRows) -> list[torch.Tensor]:
-        """The parts of this rank's rows of a float weight, (R, I) or (R, O, I)."""
-        if not len(rows):  # a rank may own no row of a small layer, and the kernel refuses an empty matrix
+        """Quantize this rank's rows of a float weight, (R, I) or (R, O, I), into parts. Scales are returned as fp32.
+
+        Collective over the ranks that share the weight if `gather` is: NF4Double calls it.
+        """
+        if not len(rows):  # a rank may own no row of a small layer; the kernel does not accept an empty matrix
             return [rows.to(torch.int8), rows.new_empty(rows.shape[:-1], dtype=torch.float32)]
         matrix = rows.to(torch.float16).reshape(-1, rows.shape[-1]).contiguous()
         codes, scale, _ = bnb_functional.int8_vectorwise_quant(matrix)
@@ -59,11 +68,13 @@ class Int8:
 
     @staticmethod
     def dequantize(shape: tuple[int, int], dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor):
+        """The weight (O, I) as `dtype`."""
         return weight.to(dtype, copy=True).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
 
     @classmethod
     def matmul(cls, shape, x, bias, weight, scale) -> torch.Tensor:
-        if x.device.type == "cpu":  # as bitsandbytes trains on CPU
+        """x @ W.T + bias, for a weight of shape (O, I)."""
+        if x.device.type == "cpu":  # what bitsandbytes does in training on a CPU
             return nn.functional.linear(x, cls.dequantize(shape, x.dtype, weight, scale), bias)
         rows = x.reshape(-1, x.shape[-1])
         codes, row_scale, outliers = bnb_functional.int8_vectorwise_quant(
@@ -74,12 +85,12 @@ class Int8:
 
     @classmethod
     def expert(cls, shape, index: int, weight, scale):
-        """(kind, parts) of the weight (O, I) of one expert, from the parts of all of them."""
+        """(format, parts) of one expert's weight (O, I), from the parts of all experts."""
         return cls, (weight[index], scale[index])
 
 
 class NF4:
-    """NF4 (QLoRA, arXiv 2305.14314): two codes a byte, and one fp32 absmax per block of 64."""
+    """NF4 (QLoRA, arXiv 2305.14314): two codes per byte, and one fp32 absmax per block of 64."""
 
     suffixes = ("", "_absmax")
     double_quantized: ClassVar[bool] = False
@@ -111,9 +122,9 @@ class NF4:
 
 
 class NF4Double(NF4):
-    """NF4 whose absmax are quantized in turn: one uint8 code per block of 64.
+    """NF4 with double quantization: the absmax of each block of 64 is itself quantized, to one uint8 code.
 
-    `nested` holds what the codes are decoded with: [offset, one fp32 scale per 256 codes].
+    `nested` decodes these codes. It holds [offset, one fp32 scale per 256 codes].
     """
 
     suffixes = ("", "_absmax", "_nested")
@@ -129,14 +140,15 @@ class NF4Double(NF4):
     @staticmethod
     def quantize(rows, gather):
         codes, absmax = NF4.quantize(rows, gather)
-        whole, start = gather(absmax)  # the offset is the mean over the whole weight
-        offset = whole.mean()
-        absmax_codes, state = bnb_functional.quantize_blockwise(whole.view(-1) - offset, blocksize=256)
-        mine = absmax_codes.view(whole.shape)[start : start + len(rows)].clone()
-        return [codes, mine, torch.cat([offset.view(1), state.absmax])]
+        all_absmax, start = gather(absmax)  # the offset is the mean over the whole weight
+        offset = all_absmax.mean()
+        all_codes, state = bnb_functional.quantize_blockwise(all_absmax.view(-1) - offset, blocksize=256)
+        absmax_codes = all_codes.view(all_absmax.shape)[start : start + len(rows)].clone()
+        return [codes, absmax_codes, torch.cat([offset.view(1), state.absmax])]
 
     @classmethod
     def code(cls, device: torch.device) -> torch.Tensor:
+        """bitsandbytes' table of the 256 values that an absmax code stands for, fp32, made once per device."""
         if device not in cls._code_per_device:
             cls._code_per_device[device] = bnb_functional.create_dynamic_map().to(device)
         return cls._code_per_device[device]
@@ -157,7 +169,10 @@ class NF4Double(NF4):
 
     @classmethod
     def expert(cls, shape, index, weight, absmax, nested):
-        """Decoded for this expert alone; its blocks may begin inside a group of 256, which the kernel cannot."""
+        """Decode the absmax of this expert alone, with torch.
+
+        Its blocks may begin inside a group of 256, which bitsandbytes' kernel does not support.
+        """
         num_blocks = absmax[index].numel()
         blocks = torch.arange(index * num_blocks, (index + 1) * num_blocks, device=absmax.device)
         group = (blocks // 256).view(absmax[index].shape)
@@ -165,134 +180,136 @@ class NF4Double(NF4):
         return NF4, (weight[index], scales + nested[0])
 
 
-KIND_OF = {"int8": Int8, "nf4": NF4Double, "nf4_plain": NF4}
+FORMATS = {"int8": Int8, "nf4": NF4Double, "nf4_plain": NF4}
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A weight that a module holds in packed parts: how, its shape unpacked, and the names of the parts."""
+class QuantizedWeight:
+    """A weight that a module holds as quantized parts."""
 
-    kind: type
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
+    format: type  # Int8, NF4 or NF4Double
+    shape: tuple[int, ...]  # of the float weight: (O, I) or (E, O, I)
+    part_names: tuple[str, ...]  # names of the module's parameters that are the parts
 
     def parts(self, module: nn.Module) -> list[nn.Parameter]:
-        return [getattr(module, name) for name in self.names]
+        return [getattr(module, name) for name in self.part_names]
 
-    def select(self, expert: int | None, parts: list[torch.Tensor]):
-        """(kind, parts) of the one matrix that is multiplied with: an expert's, or the only one."""
+    def matrix(self, expert: int | None, parts: list[torch.Tensor]):
+        """(format, parts) of the matrix to multiply with: that of one expert, or the only one if `expert` is None."""
         parts = list(map(as_floats, parts))
-        return (self.kind, parts) if expert is None else self.kind.expert(self.shape, expert, *parts)
+        return (self.format, parts) if expert is None else self.format.expert(self.shape, expert, *parts)
 
 
-def packed_weights(module: nn.Module) -> dict[str, Packed]:
-    """Name to packing of the weights that this module itself holds packed."""
-    return vars(module).get("packed_weights", {})
+def quantized_weights(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """The quantized weights that belong to this module itself, not to a submodule, by name."""
+    return vars(module).get("quantized_weights", {})
 
 
-def pack(module: nn.Module, name: str, kind: type, shape: tuple[int, ...]) -> None:
-    """Put the parts of a weight, empty and on meta, in place of the module's parameter `name`."""
-    if kind is not Int8 and shape[-1] % 64:
+def replace_by_quantized(module: nn.Module, name: str, format: type, shape: tuple[int, ...]) -> None:
+    """Replace the module's parameter `name` by the parts of a quantized weight, which are empty and on meta.
+
+    Raises UserError if rows of this length cannot be quantized one by one.
+    """
+    if format is not Int8 and shape[-1] % 64:
         raise UserError(
-            f"--quantization nf4: a layer with in_features={shape[-1]} cannot be split by rows "
-            "(not a multiple of 64); use int8"
+            f"--quantization nf4: a layer has in_features={shape[-1]}, which is not a multiple of 64, "
+            "so its rows cannot be quantized one by one; use int8"
         )
-    names = tuple(name + suffix for suffix in kind.suffixes)
-    for part_name, (part_shape, dtype) in zip(names, kind.part_shapes(shape), strict=True):
+    part_names = tuple(name + suffix for suffix in format.suffixes)
+    for part_name, (part_shape, dtype) in zip(part_names, format.part_shapes(shape), strict=True):
         empty = torch.empty(part_shape, dtype=dtype, device="meta")
         setattr(module, part_name, nn.Parameter(empty, requires_grad=False))
-    module.packed_weights = {**packed_weights(module), name: Packed(kind, shape, names)}
+    module.quantized_weights = {**quantized_weights(module), name: QuantizedWeight(format, shape, part_names)}
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x @ W.T + bias for a weight W that never trains, or for one expert's slice of it.
+    """x @ W.T + bias for a weight W that is never trained, or for one expert's slice of it.
 
-    Saves the packed parts of W and nothing else: W is frozen, so its input is not needed, and the parts are FSDP's
-    own buffers, re-gathered in place before backward. (bitsandbytes' int8 Functions keep x as a ctx attribute, which
-    non-reentrant checkpointing cannot drop.)
+    Saves the parts of W and nothing else. W is frozen, so backward does not need the input; and the parts are FSDP's
+    own buffers, which are gathered again in place before backward. (bitsandbytes' int8 Functions keep x as an attribute
+    of ctx, which non-reentrant checkpointing cannot free.)
     """
 
     @staticmethod
-    def forward(ctx, x, bias, packed: Packed, expert: int | None, *parts):
-        ctx.packed, ctx.expert = packed, expert
+    def forward(ctx, x, bias, weight: QuantizedWeight, expert: int | None, *parts):
+        ctx.weight, ctx.expert = weight, expert
         ctx.save_for_backward(*parts)
-        kind, selected = packed.select(expert, parts)
-        return kind.matmul(packed.shape[-2:], x, bias, *selected)
+        format, matrix_parts = weight.matrix(expert, parts)
+        return format.matmul(weight.shape[-2:], x, bias, *matrix_parts)
 
     @staticmethod
     def backward(ctx, grad_output):
-        parts = ctx.saved_tensors  # once: under checkpointing a second read raises
+        parts = ctx.saved_tensors  # read once: under checkpointing a second read raises
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            kind, selected = ctx.packed.select(ctx.expert, parts)
-            grad_x = grad_output @ kind.dequantize(ctx.packed.shape[-2:], grad_output.dtype, *selected)
+            format, matrix_parts = ctx.weight.matrix(ctx.expert, parts)
+            grad_x = grad_output @ format.dequantize(ctx.weight.shape[-2:], grad_output.dtype, *matrix_parts)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.sum(0).sum_to_size(grad_output.shape[-1:])  # in bitsandbytes' order
         return grad_x, grad_bias, None, None, *(None for _ in parts)
 
 
 def frozen_linear(module: nn.Module, name: str, x: torch.Tensor, bias=None, expert: int | None = None) -> torch.Tensor:
-    """x @ W.T + bias with the packed weight `name` of the module, in autocast's dtype as torch's own linear does."""
+    """x @ W.T + bias with the module's quantized weight `name`. Under autocast, x is cast as torch's linear does it."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    packed = packed_weights(module)[name]
+    weight = quantized_weights(module)[name]
     bias = None if bias is None else bias.to(x.dtype)
-    return FrozenMatmul.apply(x, bias, packed, expert, *packed.parts(module))
+    return FrozenMatmul.apply(x, bias, weight, expert, *weight.parts(module))
 
 
 class FrozenLinear:
-    """What the two below share. They subclass bitsandbytes' modules so that PEFT takes its bitsandbytes path."""
+    """Base class of the two quantized linears. These also subclass bitsandbytes' modules, by which PEFT knows them."""
 
     _is_hf_initialized = True  # transformers must not draw random numbers for a weight that a checkpoint lacks
-    stored_transposed = False  # whether the checkpoint has the weight as (I, O), as Conv1D does
+    stored_transposed = False  # True if the checkpoint holds the weight as (I, O), as for Conv1D
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return frozen_linear(self, "weight", x, self.bias)
 
     @property
     def W_q(self) -> torch.Tensor:
-        """PEFT's DoRA asks a layer that has this name, as HQQ's do, for `dequantize()`."""
+        """HQQ's layers have this name. PEFT's DoRA calls `dequantize()` on a layer that has it."""
         return self.weight
 
     def dequantize(self) -> torch.Tensor:
-        """The weight (O, I) in fp32. Collective where the layer is sharded and not gathered."""
-        packed = packed_weights(self)["weight"]
-        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in packed.parts(self)]
-        return packed.kind.dequantize(packed.shape, torch.float32, *map(as_floats, whole))
+        """The weight (O, I) in fp32. Collective if the layer is sharded and not gathered."""
+        weight = quantized_weights(self)["weight"]
+        whole_parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in weight.parts(self)]
+        return weight.format.dequantize(weight.shape, torch.float32, *map(as_floats, whole_parts))
 
 
 class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
-    def __init__(self, in_features: int, out_features: int, bias: bool, kind: type = Int8):
+    def __init__(self, in_features: int, out_features: int, bias: bool, format: type = Int8):
         super().__init__(
-            in_features, out_features, bias, has_fp16_weights=False, threshold=kind.outlier_threshold, device="meta"
+            in_features, out_features, bias, has_fp16_weights=False, threshold=format.outlier_threshold, device="meta"
         )
-        pack(self, "weight", kind, (out_features, in_features))
+        replace_by_quantized(self, "weight", format, (out_features, in_features))
 
 
 class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
-    def __init__(self, in_features: int, out_features: int, bias: bool, kind: type = NF4Double):
-        super().__init__(
-            in_features, out_features, bias, quant_type="nf4", compress_statistics=kind.double_quantized, device="meta"
-        )
-        pack(self, "weight", kind, (out_features, in_features))
+    def __init__(self, in_features: int, out_features: int, bias: bool, format: type = NF4Double):
+        double = format.double_quantized
+        super().__init__(in_features, out_features, bias, quant_type="nf4", compress_statistics=double, device="meta")
+        replace_by_quantized(self, "weight", format, (out_features, in_features))
         self.mark_for_peft()
 
     def mark_for_peft(self) -> None:
-        """Put on the weight the attributes that PEFT reads of a bitsandbytes parameter."""
-        kind = packed_weights(self)["weight"].kind
-        self.weight.compress_statistics, self.weight.quant_type = kind.double_quantized, "nf4"
+        """Give the weight the attributes that PEFT reads from a bitsandbytes parameter."""
+        format = quantized_weights(self)["weight"].format
+        self.weight.compress_statistics, self.weight.quant_type = format.double_quantized, "nf4"
 
 
 def make_frozen_linear(quantization: str, in_features: int, out_features: int, bias: bool) -> FrozenLinear:
-    """A packed linear on meta. `quantization`: a key of KIND_OF. Raises UserError where its rows cannot be packed."""
-    kind = KIND_OF[quantization]
-    return (Int8Linear if kind is Int8 else NF4Linear)(in_features, out_features, bias, kind)
+    """A quantized linear on meta. `quantization`: a key of FORMATS. Raises UserError as `replace_by_quantized` does."""
+    format = FORMATS[quantization]
+    return (Int8Linear if format is Int8 else NF4Linear)(in_features, out_features, bias, format)
 
 
 def experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Experts with packed weights, for transformers' experts interface: one expert is dequantized at a time.
+    """Experts with quantized weights, for transformers' experts interface. Dequantizes one expert at a time.
 
     The arithmetic and its order are those of transformers' eager experts. hidden_states (tokens, I); top_k_index and
     top_k_weights (tokens, k).

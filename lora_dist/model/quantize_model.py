@@ -1,4 +1,4 @@
-"""Which weights of a model are packed, and what stays in fp32: decided on the model itself, while it is on meta."""
+"""Which weights of a model are quantized and which stay in fp32, decided on the model while it is on meta."""
 
 import torch
 from torch import nn
@@ -8,37 +8,38 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_dist.data.tasks import CLASSIFIERS
+from lora_dist.data.tasks import CLASSIFIER_HEADS
 from lora_dist.errors import UserError
-from lora_dist.model.bitsandbytes_format import StoredFormat
-from lora_dist.model.quantization import KIND_OF, experts_forward, make_frozen_linear, pack, packed_weights
+from lora_dist.model.bitsandbytes_format import StoredQuantization
+from lora_dist.model.quantization import (
+    FORMATS,
+    experts_forward,
+    make_frozen_linear,
+    quantized_weights,
+    replace_by_quantized,
+)
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.zero import whole_shape
 
-# Routers of experts and the like are small and stay as they are; below this share, something large was left out.
-LEAST_QUANTIZED_SHARE = 0.9
+# Small matrices, such as routers of experts, are not quantized. Below this fraction a large one was left out too.
+MIN_QUANTIZED_FRACTION = 0.9
 
 ALL_EXPERTS_FUNCTIONS.register("frozen", experts_forward)
 
 
-def pack_model(model: PreTrainedModel, quantization: str, stored: StoredFormat | None = None) -> None:
-    """Freeze a model on meta and swap its linears and experts, the head excepted, for packed ones ("none": keep them).
+def quantize_model(model: PreTrainedModel, quantization: str, stored: StoredQuantization | None = None) -> None:
+    """Freeze a model on meta and replace its linears and experts, but not its head, by quantized ones.
 
-    Raises UserError where a good part of the layers' weights would stay unquantized: never skipped silently. Of a
-    checkpoint that is quantized already, it is as `stored` says.
+    With "none" the model is only frozen. If the checkpoint is quantized already, `stored` says which modules are not.
+    Raises UserError if more than a tenth of the layers' weights would stay unquantized.
     """
     model.requires_grad_(False)
-    # PEFT chooses its bitsandbytes path by these.
+    # PEFT chooses its bitsandbytes path by these two attributes.
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization in ("nf4", "nf4_plain")
     if quantization == "none":
         return
-    in_fp32 = model._keep_in_fp32_modules if model.dtype == torch.float16 else None  # T5's, which overflow there
-    keep = HfQuantizer.get_modules_to_not_convert(model, stored and stored.skip_modules, in_fp32)
-    keep = [*keep, *(name for name, _ in model.named_children() if name in CLASSIFIERS)]
-    modules = {n: m for n, m in model.named_modules() if should_convert_module(n, keep)}
-    by_size = sorted((m for m in modules.values() if isinstance(m, nn.Linear)), key=lambda m: -m.weight.numel())
-    smallest_of_type = {type(module): module for module in by_size}  # the last one of a type stays
-    is_linear = {kind: kind is nn.Linear or _computes_linear(module) for kind, module in smallest_of_type.items()}
+    modules = _modules_to_quantize(model, stored)
+    is_linear = _linear_classes(modules.values())
     for name, module in modules.items():
         if isinstance(module, Conv1D):
             frozen = make_frozen_linear(quantization, *module.weight.shape, module.bias is not None)
@@ -47,23 +48,38 @@ def pack_model(model: PreTrainedModel, quantization: str, stored: StoredFormat |
         elif is_linear.get(type(module)):
             has_bias = module.bias is not None
             frozen = make_frozen_linear(quantization, module.in_features, module.out_features, has_bias)
-            frozen.bias = module.bias  # frozen, and of the model's dtype
+            frozen.bias = module.bias  # frozen, in the model's dtype
             model.set_submodule(name, frozen)
         elif _has_plain_experts(module):
             for weight_name, param in list(module.named_parameters(recurse=False)):
                 if param.dim() == 3:
-                    pack(module, weight_name, KIND_OF[quantization], tuple(param.shape))
+                    replace_by_quantized(module, weight_name, FORMATS[quantization], tuple(param.shape))
             model.set_experts_implementation("frozen")
-    share, left = quantized_share(model)
-    if share < LEAST_QUANTIZED_SHARE and stored is None:
+    fraction, unquantized = quantized_fraction(model)
+    if fraction < MIN_QUANTIZED_FRACTION and stored is None:
         raise UserError(
-            f"--quantization {quantization}: only {share:.0%} of the layers' weights of a {model.config.model_type} "
-            f"can be quantized, not {' '.join(sorted(left))}; use none"
+            f"--quantization {quantization}: only {fraction:.0%} of the layers' weights of a {model.config.model_type} "
+            f"can be quantized, but not {' '.join(sorted(unquantized))}; use none"
         )
 
 
+def _modules_to_quantize(model: PreTrainedModel, stored: StoredQuantization | None) -> dict[str, nn.Module]:
+    """All modules but those that transformers' bitsandbytes integration does not quantize, by name."""
+    in_fp32 = model._keep_in_fp32_modules if model.dtype == torch.float16 else None  # T5's overflow in fp16
+    skipped = HfQuantizer.get_modules_to_not_convert(model, stored and stored.skip_modules, in_fp32)
+    skipped = [*skipped, *(name for name, _ in model.named_children() if name in CLASSIFIER_HEADS)]
+    return {name: module for name, module in model.named_modules() if should_convert_module(name, skipped)}
+
+
+def _linear_classes(modules) -> dict[type, bool]:
+    """For each class of linear in the model: True if it computes x @ W.T + b. Tried on the smallest of each class."""
+    by_size = sorted((m for m in modules if isinstance(m, nn.Linear)), key=lambda m: -m.weight.numel())
+    smallest = {type(module): module for module in by_size}  # later ones replace earlier, larger ones
+    return {cls: cls is nn.Linear or _computes_linear(module) for cls, module in smallest.items()}
+
+
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass of nn.Linear, such as Falcon's, computes x @ W.T + b: tried on random numbers."""
+    """True if a subclass of nn.Linear, such as Falcon's, computes x @ W.T + b. It is tried on random numbers."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"):  # the caller builds the model on meta
         params = {name: torch.randn(param.shape, generator=generator) for name, param in module.named_parameters()}
@@ -73,35 +89,36 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 def _has_plain_experts(module: nn.Module) -> bool:
-    """Whether a module follows transformers' experts interface, with each expert's weight as (O, I)."""
-    interface = vars(module)
-    return interface.get("is_transposed") is False and not interface["has_post_expert_norm"]
+    """True if a module follows transformers' experts interface and holds each expert's weight as (O, I)."""
+    attributes = vars(module)
+    return attributes.get("is_transposed") is False and not attributes["has_post_expert_norm"]
 
 
-def quantized_share(model: nn.Module) -> tuple[float, set[str]]:
-    """Of the frozen matrices inside the decoder layers: the share that is packed, and the names of the others."""
-    num_packed, left = 0, {}
+def quantized_fraction(model: nn.Module) -> tuple[float, set[str]]:
+    """Fraction of the decoder layers' frozen matrix weights that is quantized, and the names of the other matrices."""
+    num_quantized, unquantized = 0, {}
     for layer in decoder_layers(model):
-        num_packed += sum(torch.Size(p.shape).numel() for m in layer.modules() for p in packed_weights(m).values())
+        weights = [weight for module in layer.modules() for weight in quantized_weights(module).values()]
+        num_quantized += sum(torch.Size(weight.shape).numel() for weight in weights)
         for name, param in layer.named_parameters():
             shape = whole_shape(param)
             if len(shape) >= 2 and param.is_floating_point() and not param.requires_grad:
-                left[name] = left.get(name, 0) + shape.numel()
-    return num_packed / (num_packed + sum(left.values())), set(left)
+                unquantized[name] = unquantized.get(name, 0) + shape.numel()
+    return num_quantized / (num_quantized + sum(unquantized.values())), set(unquantized)
 
 
 def keep_norms_in_fp32(model: nn.Module) -> None:
     """Hold the parameters of norms in fp32, as PEFT's `prepare_model_for_kbit_training` does.
 
-    A norm still answers in the dtype it was asked in, so activations stay in 16 bit. So do embeddings, heads and the
-    biases of linears: their fp32 copies would hold the same numbers, and be rounded to 16 bit before each use.
+    A norm still returns the dtype of its input, so activations stay in 16 bits. Embeddings, heads and the biases of
+    linears stay in 16 bits too: an fp32 copy would hold the same numbers and be rounded to 16 bits before each use.
     """
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 1 and weight.is_floating_point() and weight.dtype != torch.float32:
             module.float()
-            module.register_forward_hook(_answer_in_dtype_of_input, with_kwargs=True)
+            module.register_forward_hook(_return_input_dtype, with_kwargs=True)
 
 
-def _answer_in_dtype_of_input(module, args, kwargs, output):
+def _return_input_dtype(module, args, kwargs, output):
     return output.to((*args, *kwargs.values())[0].dtype)

@@ -1,10 +1,11 @@
-"""The quantized base on disk: written once by all ranks together, each its own rows, and read on any number of ranks.
+"""The quantized base on disk: all ranks write it once, each its own rows, and any number of ranks can read it.
 
-The folder is a checkpoint as transformers and bitsandbytes write it, the same bytes whatever the number of ranks. It
-holds `fingerprint.json`, written first: what it was made of; and the manifest, written last. Without both it is never
-read.
+The folder is a checkpoint as transformers and bitsandbytes write it, the same bytes at any number of ranks. Two more
+files make it a cache: `fingerprint.json`, written first, says what it was made from; the manifest is written last. A
+folder without both is never read.
 """
 
+import dataclasses
 import json
 import shutil
 from importlib.metadata import version
@@ -21,146 +22,154 @@ from lora_dist.errors import UserError, require
 from lora_dist.files import describe_file, files_of, is_complete, write_manifest, write_whole
 from lora_dist.model.bitsandbytes_format import bitsandbytes_config, write_bitsandbytes
 from lora_dist.model.lazy_weights import OwnRows, weight_files, write_safetensors
-from lora_dist.model.load import hand_over, load_base, read_base
-from lora_dist.model.quantization import packed_weights
+from lora_dist.model.load import BaseOptions, hand_to_deepspeed, load_with, read_base
+from lora_dist.model.quantization import QuantizedWeight, quantized_weights
 from lora_dist.parallel.ranks import barrier, gather, num_ranks, this_rank
 from lora_dist.parallel.strategies import Placement
 
 FORMAT = 1
-MAX_FILE_BYTES = 2**29  # small enough that the ranks' shares of checksums are even
+MAX_FILE_BYTES = 2**29  # small, so that the ranks get nearly equal numbers of bytes to checksum
+OTHER_FILES = "holds other files"
 
 
-def load_cached_base(
-    name: str,
-    *,
-    cache: str | None,
-    quantization: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    placement: Placement,
-    **how,
-) -> PreTrainedModel:
-    """`load_base`, from `cache` where that was made of the same files in the same way; else made, and written there.
+def load_cached_base(name: str, options: BaseOptions, *, cache: str | None) -> PreTrainedModel:
+    """Load a base as `load_base` does, from the folder `cache` if it holds this base; otherwise write it there too.
 
-    Raises UserError where the folder holds something else. Collective.
+    `cache=None`: no cache. Raises UserError if the folder holds something else. Collective.
     """
-    how |= {"quantization": quantization, "dtype": dtype, "device": device, "placement": placement}
     if cache is None:
-        return load_base(name, **how)
-    cache = Path(cache)
-    fingerprint = fingerprint_of(name, quantization, dtype)
-    why_not = unusable_because(cache, fingerprint)
-    if why_not is None:
-        return _load_from(cache, name, how)
-    if this_rank() == 0 and cache.exists():
-        print(f"quantized cache {cache}: {why_not}; it is made anew", flush=True)
-    if placement.stages > 1:  # the stages of a pipeline have no rows of each weight to write
-        rows = read_base(name, **(how | {"placement": Placement(shard_ranks=num_ranks())}))
-        write_cache(rows, name, cache, fingerprint, dtype)
-        del rows
-        return _load_from(cache, name, how)
-    model = read_base(name, **how)
-    write_cache(model, name, cache, fingerprint, dtype)
-    hand_over(model, placement, device)
+        return load_with(name, options)
+    folder = Path(cache)
+    fingerprint = fingerprint_of(name, options.quantization, options.dtype)
+    problem = cache_problem(folder, fingerprint)
+    if problem is None:
+        return _load_from(folder, name, options)
+    if this_rank() == 0 and folder.exists():
+        print(f"quantized cache {folder}: {problem}; it is written again", flush=True)
+    if options.placement.stages > 1:  # a stage of a pipeline has no rows of each weight that it could write
+        sharded = dataclasses.replace(options, placement=Placement(shard_ranks=num_ranks()))
+        model = read_base(name, sharded)
+        write_cache(model, name, folder, fingerprint, options.dtype)
+        del model
+        return _load_from(folder, name, options)
+    model = read_base(name, options)
+    write_cache(model, name, folder, fingerprint, options.dtype)
+    hand_to_deepspeed(model, options)
     return model
 
 
-def _load_from(cache: Path, name: str, how: dict) -> PreTrainedModel:
-    model = load_base(str(cache), **how)
-    model.config.name_or_path = model.name_or_path = model_path(name)  # what the adapter is an adapter of
+def _load_from(folder: Path, name: str, options: BaseOptions) -> PreTrainedModel:
+    model = load_with(str(folder), options)
+    model.config.name_or_path = model.name_or_path = model_path(name)  # a saved adapter names this as its base
     return model
 
 
 def fingerprint_of(name: str, quantization: str, dtype: torch.dtype) -> dict:
     """What a quantized base depends on: the checkpoint's files and how they are quantized."""
-    files = [path.resolve() for path in weight_files(name)]  # in the hub's cache a file is named by its content
+    files = [path.resolve() for path in weight_files(name)]  # in the hub's cache the name of a file is its checksum
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    kernels = version("bitsandbytes")
     return {
         "format": FORMAT,
-        "bitsandbytes": kernels,
+        "bitsandbytes": version("bitsandbytes"),
         "quantization": quantization,
         "dtype": str(dtype),
         "files": stats,
     }
 
 
-def unusable_because(cache: Path, fingerprint: dict) -> str | None:
-    """Why a folder cannot be read, None if it can. Rank 0 looks; each rank checks its share of the checksums.
+def cache_problem(folder: Path, fingerprint: dict) -> str | None:
+    """Why the folder cannot be used as this cache; None if it can. Collective.
 
-    Raises UserError where it holds files that are no cache. Collective.
+    Rank 0 compares the fingerprint; the ranks divide the checksums among them. Raises UserError if the folder holds
+    files that are not a cache.
     """
-    why_not = None
+    problem = None
     try:
-        found = json.loads((cache / "fingerprint.json").read_text())
-        why_not = None if found == fingerprint else "it was made of other files, or in another way"
+        found = json.loads((folder / "fingerprint.json").read_text())
+        problem = None if found == fingerprint else "it was made from other files, or with other settings"
     except (OSError, ValueError):
-        why_not = "holds other files" if cache.is_dir() and any(cache.iterdir()) else "there is none"
-    why_not = gather(why_not)[0]
-    if why_not == "holds other files":
-        raise UserError(f"{cache}: holds files that are no quantized base; give a folder of its own")
-    if why_not is None and not all(gather(is_complete(cache, slice(this_rank(), None, num_ranks())))):
-        why_not = "it is incomplete or damaged"
-    return why_not
+        problem = OTHER_FILES if folder.is_dir() and any(folder.iterdir()) else "there is none"
+    problem = gather(problem)[0]
+    if problem == OTHER_FILES:
+        raise UserError(f"{folder}: holds files that are not a quantized base; give an empty folder or a new name")
+    if problem is None and not all(gather(is_complete(folder, slice(this_rank(), None, num_ranks())))):
+        problem = "it is incomplete or damaged"
+    return problem
 
 
-def write_cache(model: PreTrainedModel, name: str, cache: Path, fingerprint: dict, dtype: torch.dtype) -> None:
-    """Write a loaded base, with its tokenizer, so that `load_base` and transformers can read it. Collective."""
-    tokenizer, problem = load_tokenizer(name), None
+def write_cache(model: PreTrainedModel, name: str, folder: Path, fingerprint: dict, dtype: torch.dtype) -> None:
+    """Write a loaded base and its tokenizer, for `load_base` and transformers to read. Collective.
+
+    `model`: from `read_base`, before DeepSpeed gets it. Raises UserError if the folder cannot be written.
+    """
+    tokenizer = load_tokenizer(name)
+    _start_folder(folder, fingerprint)
+    tensors = stored_tensors(model, dtype)
+    write_safetensors(folder, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=this_rank() == 0, barrier=barrier)
+    if this_rank() == 0:
+        tokenizer.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        write_whole(folder / "config.json", json.dumps(_stored_config(model, dtype), indent=2) + "\n")
+    barrier()
+    files = files_of(folder)[this_rank() :: num_ranks()]
+    described = gather({str(path.relative_to(folder)): describe_file(path) for path in files})
+    if this_rank() == 0:
+        write_manifest(folder, {name: entry for part in described for name, entry in part.items()})
+    barrier()
+
+
+def _start_folder(folder: Path, fingerprint: dict) -> None:
+    """Rank 0 empties the folder and writes the fingerprint. Raises UserError on all ranks if it cannot. Collective."""
+    problem = None
     if this_rank() == 0:
         try:
-            shutil.rmtree(cache, ignore_errors=True)
-            cache.mkdir(parents=True)
-            write_whole(cache / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_whole(folder / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
         except OSError as error:
             problem = error.strerror
     problem = gather(problem)[0]
-    require(problem is None, "quantized_cache", cache, f"cannot be written: {problem}")
-    require(cache.is_dir(), "quantized_cache", cache, "is not there on all ranks; give a disk that they share")
-    tensors = stored_tensors(model, dtype)
-    write_safetensors(cache, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=this_rank() == 0, barrier=barrier)
-    if this_rank() == 0:
-        tokenizer.save_pretrained(cache)
-        model.generation_config.save_pretrained(cache)
-        config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-        config.pop("_name_or_path", None)  # a path of this machine
-        config["quantization_config"] = bitsandbytes_config(model, dtype)
-        write_whole(cache / "config.json", json.dumps(config, indent=2) + "\n")
-    barrier()
-    files = files_of(cache)[this_rank() :: num_ranks()]
-    described = gather({str(path.relative_to(cache)): describe_file(path) for path in files})
-    if this_rank() == 0:
-        write_manifest(cache, {name: entry for part in described for name, entry in part.items()})
-    barrier()
+    require(problem is None, "quantized_cache", folder, f"cannot be written: {problem}")
+    why = "rank 0 has made this folder, but other ranks do not see it; give a folder on a disk that all ranks share"
+    require(folder.is_dir(), "quantized_cache", folder, why)
+
+
+def _stored_config(model: PreTrainedModel, dtype: torch.dtype) -> dict:
+    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("_name_or_path", None)  # a path of this machine
+    config["quantization_config"] = bitsandbytes_config(model, dtype)
+    return config
 
 
 def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, OwnRows]:
-    """All tensors of the model as bitsandbytes stores them, and this rank's part of each. Collective."""
-    tensors, packed_ids = {}, set()
+    """All tensors of the model as bitsandbytes stores them, with the rows that this rank writes. Collective."""
+    tensors, part_ids = {}, set()
     for module_name, module in model.named_modules():
-        for weight_name, packed in packed_weights(module).items():
-            parts = packed.parts(module)
-            packed_ids |= set(map(id, parts))
-            nested = None
-            if len(parts) == 3:
-                nested = parts[2].full_tensor() if isinstance(parts[2], DTensor) else parts[2]
-                nested = nested.detach().view(torch.float32)
-            tensors |= write_bitsandbytes(
-                f"{module_name}.{weight_name}",
-                packed,
-                [own_rows(p) for p in parts[:2]],
-                nested,
-                dtype,
-                this_rank() == 0,
-            )
-    plain = [(name, param) for name, param in model.named_parameters() if id(param) not in packed_ids]
+        for weight_name, weight in quantized_weights(module).items():
+            part_ids |= {id(part) for part in weight.parts(module)}
+            tensors |= _stored_weight(f"{module_name}.{weight_name}", weight, module, dtype)
+    unquantized = [(name, param) for name, param in model.named_parameters() if id(param) not in part_ids]
     persistent = model.state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-    return tensors | {name: own_rows(tensor) for name, tensor in plain + buffers}
+    return tensors | {name: own_rows(tensor) for name, tensor in unquantized + buffers}
+
+
+def _stored_weight(
+    name: str, weight: QuantizedWeight, module: torch.nn.Module, dtype: torch.dtype
+) -> dict[str, OwnRows]:
+    """The entries for one quantized weight. Collective: the part `nested` is gathered."""
+    codes, scales, *nested = weight.parts(module)
+    if nested:
+        whole = nested[0].full_tensor() if isinstance(nested[0], DTensor) else nested[0]
+        nested = [whole.detach().view(torch.float32)]
+    return write_bitsandbytes(
+        name, weight, [own_rows(codes), own_rows(scales)], nested[0] if nested else None,
+        dtype=dtype, writes=this_rank() == 0,
+    )  # fmt: skip
 
 
 def own_rows(tensor: torch.Tensor) -> OwnRows:
-    """The rows of a parameter that this rank writes: its shard, in the first of the copies; what is whole, rank 0."""
+    """What this rank writes of a tensor: its shard, if it belongs to the first copy. Rank 0 writes unsharded ones."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if not isinstance(tensor, DTensor):
         return OwnRows(shape, dtype, tensor if this_rank() == 0 else tensor.flatten()[:0])

@@ -1,10 +1,11 @@
-"""Rows too long for one GPU: a group of ranks shares each row, and each rank computes a piece of its positions.
+"""Rows too long for one GPU: a group of ranks shares each row, and each rank computes one piece of its positions.
 
-All of a decoder but attention works on each position alone. In attention, each rank has the queries of its piece and
-gathers keys and values from the group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2). Sums over positions
-are added in another order than on one rank: the bits depend on the size of the group, but not on the number of groups.
+Every part of a decoder except attention works on each position alone. In attention, each rank has the queries of its
+piece and gathers keys and values from the group, as Llama 3 was trained (arXiv 2407.21783, section 3.3.2). Sums over
+positions are added in another order than on one rank, so the bits depend on the size of the group. They do not depend
+on the number of groups.
 
-B, H, T, D: sequences, heads, tokens, head size; P: positions of this rank's piece, T / size.
+B, H, T, D, V: sequences, heads, tokens, head size, vocabulary; P: positions of this rank's piece, T / size.
 """
 
 from functools import partial
@@ -24,12 +25,16 @@ from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.errors import require
 
 NAME = "context_parallel"
-# Plain causal attention through transformers' attention interface, positions given from outside; each one tested.
+# Families with plain causal attention through transformers' attention interface, whose forward takes positions. A test
+# covers each of them.
 FAMILIES = {"gemma", "gpt2", "gpt_neox", "llama", "mixtral", "opt", "phi", "qwen2", "qwen3"}
 
 
 class GatherSequence(torch.autograd.Function):
-    """(B, H, P, D) of each rank of the group to (B, H, T, D); backward adds the ranks' gradients in their order."""
+    """Gathers (B, H, P, D) of each rank of the group to (B, H, T, D). Collective in the group, backward too.
+
+    Backward adds the gradients of all ranks, in the order of the ranks.
+    """
 
     @staticmethod
     def forward(ctx, piece_BHPD, group):
@@ -40,22 +45,25 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BHTD):
-        ours = torch.stack(grad_BHTD.chunk(ctx.group.size(), dim=2))
-        theirs = torch.empty_like(ours)
-        dist.all_to_all_single(theirs, ours, group=ctx.group)
-        return theirs.sum(0), None
+        own_grads = torch.stack(grad_BHTD.chunk(ctx.group.size(), dim=2))  # one for each rank's piece
+        all_grads = torch.empty_like(own_grads)  # one from each rank, all for this rank's piece
+        dist.all_to_all_single(all_grads, own_grads, group=ctx.group)
+        return all_grads.sum(0), None
 
 
 def _attention(group, module, query_BHPD, key_BHPD, value_BHPD, attention_mask, **kwargs):
-    """transformers' sdpa, over the whole row where the mask says that there is more of it than is here."""
+    """transformers' sdpa attention, on gathered keys and values if the mask is longer than this rank's piece."""
     if attention_mask is not None and attention_mask.shape[-1] > key_BHPD.shape[2]:
         key_BHPD, value_BHPD = GatherSequence.apply(key_BHPD, group), GatherSequence.apply(value_BHPD, group)
-        kwargs["is_causal"] = False  # the mask says so already
+        kwargs["is_causal"] = False  # the mask is causal already
     return sdpa_attention_forward(module, query_BHPD, key_BHPD, value_BHPD, attention_mask, **kwargs)
 
 
 class ContextParallel:
-    """This rank's place in its group: consecutive ranks, so those of a node."""
+    """This rank's group, made of consecutive ranks so that it is inside a node; and its piece of each row.
+
+    `size`: ranks of a group. Collective, and changes the model's attention.
+    """
 
     def __init__(self, model: nn.Module, size: int):
         num_ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -67,7 +75,10 @@ class ContextParallel:
         model.set_attn_implementation(NAME)
 
     def summed_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the trained tokens of this rank's piece of the rows: (summed cross entropy in fp32, number right)."""
+        """(cross entropy in fp32, number of right predictions), summed over the trained tokens of this rank's piece.
+
+        Collective in the group.
+        """
         input_ids_BP, mask_B1PT, positions_BP, targets_BP = self.split(batch)
         logits_BPV = model(
             input_ids=input_ids_BP, attention_mask=mask_B1PT, position_ids=positions_BP, use_cache=False
@@ -78,14 +89,17 @@ class ContextParallel:
         return loss, (logits_BPV.max(-1).indices == targets_BP).sum()
 
     def split(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, mask (True: attend), positions and next tokens of this rank's piece of the padded rows."""
+        """This rank's piece of the padded rows.
+
+        Returns token ids (B, P), mask (B or 1, 1, P, T; True: attend), positions (B, P) and next tokens (B, P).
+        """
         pad = -batch.input_ids_BT.shape[1] % self.size
         ids_BT, documents_BT = (F.pad(t, (0, pad)) for t in (batch.input_ids_BT, batch.attention_mask_BT))
         targets_BT = F.pad(batch.labels_BL[:, 1:], (0, pad + 1), value=IGNORE_INDEX)
         length = ids_BT.shape[1] // self.size
         piece = slice(self.piece * length, (self.piece + 1) * length)
         index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        seen_BPT = (index_T[piece, None] >= index_T[None])[None]  # hides the padding too, which is on the right
+        seen_BPT = (index_T[piece, None] >= index_T[None])[None]  # this also hides the padding, which is on the right
         positions_BT = index_T.expand(len(ids_BT), -1)
         if batch.packed:
             seen_BPT = seen_BPT & (documents_BT[:, piece, None] == documents_BT[:, None])
@@ -94,11 +108,11 @@ class ContextParallel:
 
 
 def check_context_parallel(model: nn.Module, config: TrainConfig, num_ranks: int) -> None:
-    """Raises UserError where `--context_parallel_size` ranks cannot share this model's rows."""
+    """Raises UserError if `--context_parallel_size` ranks cannot share this model's rows."""
     name, size, model_type = "context_parallel_size", config.context_parallel_size, model.config.model_type
-    require(config.task_type == "CAUSAL_LM", name, size, f"cannot be had with --task_type {config.task_type}")
+    require(config.task_type == "CAUSAL_LM", name, size, f"is not supported with --task_type {config.task_type}")
     require(num_ranks % size == 0, name, size, f"must divide the {num_ranks} ranks")
     families = ", ".join(sorted(FAMILIES))
-    require(model_type in FAMILIES, name, size, f"cannot be had for a {model_type}; it can for {families}")
+    require(model_type in FAMILIES, name, size, f"is not supported for a {model_type}; it is for {families}")
     sliding = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
-    require(not sliding, name, size, "cannot be had with a sliding window, as this model has")
+    require(not sliding, name, size, "is not supported for a model with a sliding window, such as this one")

@@ -1,4 +1,4 @@
-"""torch's FSDP2 for a base that never changes: which parameters are sharded, when they are gathered and freed."""
+"""torch's FSDP2 for a frozen base: which parameters are sharded, and when they are gathered and freed."""
 
 import time
 from itertools import pairwise
@@ -16,20 +16,23 @@ from lora_dist.parallel.strategies import Placement
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are sharded, gathered and recomputed one at a time: transformers' checkpointing layers."""
+    """The layers that are sharded, gathered and recomputed one at a time: transformers' checkpointing layers.
+
+    Raises UserError if the model has none.
+    """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(
-            f"model type {model.config.model_type}: transformers marks no checkpointing layers in it, "
-            "so it cannot be sharded layer by layer"
+            f"--model_name_or_path: models of type {model.config.model_type} are not supported, because transformers "
+            "marks no checkpointing layers in them, by which a base is sharded"
         )
     return layers
 
 
 class CountingAllGather:
-    """FSDP's default all-gather, counting the bytes it produces. One instance serves all layers of a model.
+    """FSDP's default all-gather, with counts of its calls and output bytes. One instance serves all layers of a model.
 
-    `wait_s`: seconds in it, which without a GPU is what the gathers take.
+    `wait_s`: seconds spent in the calls. Without a GPU that is the time of the gathers themselves.
     """
 
     def __init__(self):
@@ -48,21 +51,21 @@ class CountingAllGather:
         return work
 
 
-def shard(model: PreTrainedModel, placement: Placement, device: torch.device, whole: set[nn.Parameter]) -> None:
-    """Spread a model, still on meta, over the ranks: a group for each decoder layer and one for what is outside them.
+def shard(model: PreTrainedModel, placement: Placement, device: torch.device, trained: set[nn.Parameter]) -> None:
+    """Shard a model on meta over the ranks: an FSDP group per decoder layer, and a root group for the rest. Collective.
 
-    `whole`: parameters that stay on every rank, because they will be trained. The resident layers are the last ones,
-    because memory peaks at the head, where a gathered layer would come on top.
+    `trained`: parameters that will be trained; they are not sharded. The resident layers are the last ones, because
+    memory peaks at the head, and there a gathered layer would add to the peak.
     """
     mesh, layers, model_class = shard_mesh(placement.shard_ranks, device), decoder_layers(model), type(model)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if placement.offload else OffloadPolicy()
-    sharded = layers[: len(layers) - placement.resident_layers]
-    resident = {param for layer in layers[len(sharded) :] for param in layer.parameters()}
-    for layer in sharded:
-        fully_shard(layer, mesh=mesh, offload_policy=offload, ignored_params=whole)
-    fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=resident | whole)
-    # fully_shard made a class of its own of it, which transformers takes for custom code, whose checkpoints it renames
-    # no weights of: GPT-NeoX's head would silently stay random.
+    sharded_layers = layers[: len(layers) - placement.resident_layers]
+    resident = {param for layer in layers[len(sharded_layers) :] for param in layer.parameters()}
+    for layer in sharded_layers:
+        fully_shard(layer, mesh=mesh, offload_policy=offload, ignored_params=trained)
+    fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=resident | trained)
+    # fully_shard has replaced the model's class by one of its own. transformers would take that for custom code and not
+    # rename the weights of the checkpoint, so that GPT-NeoX's head would silently stay random.
     type(model).__name__, type(model).__module__ = model_class.__name__, model_class.__module__
     counter = CountingAllGather()
     for module in sharded_modules(model):
@@ -71,24 +74,25 @@ def shard(model: PreTrainedModel, placement: Placement, device: torch.device, wh
         if placement.gather_once:
             module.set_reshard_after_forward(False, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)
-    _prefetch([model, *sharded])
+    _set_prefetch([model, *sharded_layers])
 
 
 def shard_mesh(shard_ranks: int, device: torch.device) -> DeviceMesh:
-    """The ranks that hold one copy together: consecutive ones, so those of a node.
+    """The mesh of the ranks that hold one copy together. They are consecutive, so that a copy is inside a node.
 
-    Where there are several copies, each is a mesh of its own: a frozen base has no gradients to add across copies.
+    Each copy is a mesh of its own, because a frozen base has no gradients to add across copies. Collective.
     """
     num_ranks = dist.get_world_size()
-    # One dimension named "fsdp": PEFT takes any other name for tensor parallelism and builds LoRA for the local rows.
+    # The dimension must be named "fsdp": PEFT takes any other name for tensor parallelism, and would build LoRA for the
+    # local rows only.
     if shard_ranks == num_ranks:
         return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("fsdp",))
     shape = (num_ranks // shard_ranks, shard_ranks)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "fsdp"))["fsdp"]
 
 
-def _prefetch(modules: list[FSDPModule]) -> None:
-    """Gather each group while the one before it computes; in backward the other way round. [root, layer 0, ...]"""
+def _set_prefetch(modules: list[FSDPModule]) -> None:
+    """Gather each group while the previous one computes, in forward and in backward. `modules`: root, layer 0, ..."""
     for earlier, later in pairwise(modules):
         earlier.set_modules_to_forward_prefetch([later])
     for earlier, later in pairwise(modules[1:]):
@@ -100,17 +104,17 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """All-gather output bytes on this rank since loading; 0 where nothing is sharded."""
+    """Bytes that this rank has gathered since loading; 0 if nothing is sharded."""
     return next((module.all_gather.num_bytes for module in sharded_modules(model)), 0)
 
 
 def gather_wait_s(model: nn.Module) -> float | None:
-    """Seconds this rank has waited for gathers since loading; None where that is not known, or nothing is sharded."""
+    """Seconds that this rank has waited for gathers since loading; None on a GPU, or if nothing is sharded."""
     counters = [module.all_gather for module in sharded_modules(model)]
     return counters[0].wait_s if counters and next(model.parameters()).device.type == "cpu" else None
 
 
 def release(model: nn.Module) -> None:
-    """Free what is gathered: after a forward without backward the root group, under `gather_once` everything."""
+    """Free what is gathered: the root group after a forward without backward, and all layers with `gather_once`."""
     for module in sharded_modules(model):
         module.reshard()

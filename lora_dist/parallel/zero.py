@@ -1,9 +1,9 @@
-"""DeepSpeed under the same loop: ZeRO-3 holds the frozen base, ZeRO-2 shards the adapters' optimizer.
+"""DeepSpeed under the same training loop: ZeRO-3 holds the frozen base, ZeRO-2 shards the adapters' optimizer.
 
-DeepSpeed never sees a micro-batch's gradient: those are summed along our tree as under every strategy, so the training
-is the same, bit for bit. Under ZeRO-3 DeepSpeed partitions the base, gathers each module's weights for its forward and
-backward, and offloads them; the adapters are added afterwards and are no business of DeepSpeed's. Under ZeRO-2 it is
-handed the reduced gradient once a step.
+DeepSpeed never sees the gradient of a micro-batch. Gradients are summed along the tree of `exact_sum`, as under every
+strategy, so the training is the same, bit for bit. Under ZeRO-3 DeepSpeed partitions the base, gathers each module's
+weights for its forward and backward, and offloads them; adapters are added afterwards and DeepSpeed does not know them.
+Under ZeRO-2 DeepSpeed gets the reduced gradient once per step.
 """
 
 import copy
@@ -20,16 +20,19 @@ from lora_dist.parallel.fsdp import decoder_layers
 
 
 def modules_with_matrices(model: nn.Module) -> list[nn.Module]:
-    """What DeepSpeed is given: modules that hold a matrix, with their vectors. Norms stay whole on every rank.
+    """The modules that DeepSpeed gets: those that hold a matrix, with their vectors. Norms stay whole on every rank.
 
-    Not the whole model: DeepSpeed puts identity functions around each module that it knows. Around a norm, which uses
-    its input more than once, they would group the sum of its gradient in another way.
+    DeepSpeed does not get the whole model, because it puts identity functions around each module that it knows. A norm
+    uses its input more than once, so around a norm they would change the order in which its gradient is summed.
     """
     return [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
 
 
 def split_rows(model: nn.Module, device: torch.device) -> None:
-    """Mark what DeepSpeed will get of a model on meta as split by rows over all ranks: the loader reads only those."""
+    """Split the parameters that DeepSpeed will get by rows over all ranks, on meta, so that a rank reads only its rows.
+
+    Collective.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
     split = {}
     for module in modules_with_matrices(model):
@@ -39,18 +42,21 @@ def split_rows(model: nn.Module, device: torch.device) -> None:
                 own = param.data[rows * mesh.get_rank() : rows * (mesh.get_rank() + 1)]
                 whole = DTensor.from_local(own, mesh, [Shard(0)], shape=param.shape, stride=param.stride())
                 split[param] = nn.Parameter(whole, requires_grad=False)
-            setattr(module, name, split[param])  # a tied one stays tied
+            setattr(module, name, split[param])  # tied parameters stay tied
 
 
 def partition_base(model: nn.Module, settings: dict, device: torch.device) -> None:
-    """Hand a base that is split by rows over to ZeRO-3, one parameter at a time: none is whole for longer than that."""
+    """Hand a base that `split_rows` has split to ZeRO-3. Only one parameter is whole at a time. Collective.
+
+    `settings`: DeepSpeed's config.
+    """
     deepspeed = _import_deepspeed(device)
     config = engine_config(settings, model)
     modules, partitioned, first = modules_with_matrices(model), {}, None
     for module in modules:
         for name, param in list(module.named_parameters(recurse=False)):
             if param not in partitioned:
-                rows = DTensor.from_local(  # from the host's memory where the base is offloaded
+                rows = DTensor.from_local(  # rows of an offloaded base are in host memory
                     param.to_local().to(device), param.device_mesh, param.placements,
                     shape=param.shape, stride=param.stride(),
                 )  # fmt: skip
@@ -67,33 +73,37 @@ def partition_base(model: nn.Module, settings: dict, device: torch.device) -> No
 
 
 def is_partitioned(model: nn.Module) -> bool:
+    """True if DeepSpeed has partitioned the base."""
     return any(hasattr(param, "ds_tensor") for param in model.parameters())
 
 
 def engine_config(settings: dict, base: nn.Module | None = None) -> dict:
-    """What DeepSpeed is given: one micro-batch a step, as the accumulation, clipping and precision are the loop's."""
+    """The config for DeepSpeed: one micro-batch per step, because the loop accumulates, clips and casts by itself.
+
+    `base` is needed under ZeRO-3.
+    """
     zero = copy.deepcopy(settings["zero_optimization"])
     if zero["stage"] == 3:
         layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(base))
-        # DeepSpeed's own values are absolute numbers that keep a small base, or one of 8 bits, whole on every rank.
-        filled = {
+        # DeepSpeed's defaults are absolute numbers, with which a small or an 8-bit base stays whole on every rank.
+        defaults = {
             "stage3_param_persistence_threshold": max(p.numel() for p in base.parameters() if p.dim() == 1),
             "stage3_max_live_parameters": 2 * layer,
-            "stage3_max_reuse_distance": layer,  # backward takes what the recomputation has just gathered
+            "stage3_max_reuse_distance": layer,  # backward uses what the recomputation has just gathered
             "stage3_prefetch_bucket_size": layer,
         }
-        zero |= {key: value for key, value in filled.items() if zero.get(key, "auto") == "auto"}
-        zero.setdefault("memory_efficient_linear", False)  # it would replace torch.nn.functional.linear
-    keep = {key: value for key, value in settings.items() if key == "comms_logger"}
-    return keep | {
+        zero |= {key: value for key, value in defaults.items() if zero.get(key, "auto") == "auto"}
+        zero.setdefault("memory_efficient_linear", False)  # true would replace torch.nn.functional.linear
+    passed_on = {key: value for key, value in settings.items() if key == "comms_logger"}
+    return passed_on | {
         "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # its own default is 1
+        "gradient_clipping": 0.0,  # the default is 1
         "zero_allow_untested_optimizer": True, "steps_per_print": 2**31,
     }  # fmt: skip
 
 
 def check_zero(settings: dict, skeleton: nn.Module) -> None:
-    """Raises UserError where DeepSpeed itself would not take its part of the config. `skeleton`: the model on meta."""
+    """Raises UserError if DeepSpeed does not accept its part of the config. `skeleton`: the model on meta."""
     _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -104,24 +114,27 @@ def check_zero(settings: dict, skeleton: nn.Module) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"DeepSpeed config zero_optimization.{key} {first['input']}: {first['msg'].lower()}; DeepSpeed's "
-            "documentation of ZeRO lists the keys"
+            f"DeepSpeed config zero_optimization.{key} {first['input']}: {first['msg'].lower()}; "
+            "DeepSpeed's documentation of ZeRO lists the valid keys"
         ) from None
 
 
 def shard_optimizer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict):
-    """A ZeRO-2 engine whose `step` updates `params`; each rank keeps 1/N of the optimizer's state."""
+    """DeepSpeed's ZeRO-2 engine: it updates `params` and keeps 1/N of the optimizer's state on each rank. Collective.
+
+    `settings`: DeepSpeed's config.
+    """
     deepspeed = _import_deepspeed(params[0].device)
     config = engine_config(settings)
-    adapters = nn.ParameterList(params)  # the base is not DeepSpeed's to move or cast
+    adapters = nn.ParameterList(params)  # without the base, which DeepSpeed would move and cast
     return deepspeed.initialize(model=adapters, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
-def step_with(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
-    """One optimizer step with `grad`, flat and the same on all ranks, as it is.
+def zero2_step(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
+    """One optimizer step with the gradient `grad`: flat, reduced, the same on all ranks. Collective.
 
-    DeepSpeed averages over the ranks what backward brings: rank 0 brings N times the gradient and the others zeros, so
-    the average is exact where N is a power of two, and else within one rounding.
+    DeepSpeed averages the gradients of the ranks. Rank 0 gives it N times `grad` and the others give zeros, so the
+    average is exact if N is a power of two, and otherwise differs by one rounding at most.
     """
     grad = grad * (dist.get_world_size() if dist.get_rank() == 0 else 0)
     parts = grad.split([p.numel() for p in params])
@@ -130,7 +143,7 @@ def step_with(engine, params: list[nn.Parameter], grad: torch.Tensor) -> None:
 
 
 def zero2_state(engine, params: list[nn.Parameter]) -> list[dict[str, torch.Tensor]]:
-    """AdamW's whole state of each parameter, put together from the ranks; empty before the first step. Collective."""
+    """AdamW's state of each parameter, put together from all ranks; [] before the first step. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     partitions = engine.optimizer.single_partition_of_fp32_groups
@@ -145,7 +158,7 @@ def zero2_state(engine, params: list[nn.Parameter]) -> list[dict[str, torch.Tens
 
 
 def load_zero2_state(engine, params: list[nn.Parameter], states: list[dict[str, torch.Tensor]]) -> None:
-    """Hand DeepSpeed the parameters as they are now, and its part of what `zero2_state` returned."""
+    """Give DeepSpeed the parameters as they are now, and the state that `zero2_state` returned. Collective."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if all(states):
@@ -160,23 +173,23 @@ def load_zero2_state(engine, params: list[nn.Parameter], states: list[dict[str, 
 
 
 def partitioned_bytes(param: nn.Parameter) -> int | None:
-    """Bytes that this rank keeps of a parameter between uses; None where DeepSpeed has not partitioned it."""
+    """Bytes of a parameter that this rank keeps between uses; None if DeepSpeed has not partitioned it."""
     if not hasattr(param, "ds_tensor"):
         return None
     return param.ds_tensor.nbytes + (param.ds_numel * param.ds_tensor.itemsize if param.ds_persist else 0)
 
 
 def whole_shape(param: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, which DeepSpeed leaves empty between uses."""
+    """The shape of the whole parameter. DeepSpeed leaves a partitioned one empty between uses."""
     return getattr(param, "ds_shape", param.shape)
 
 
 def _import_deepspeed(device: torch.device):
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # seconds, and only where it is used
+    import deepspeed  # here, because it takes seconds
 
     if device.type == "cpu":
-        # Its own all-reduce is compiled at the first start, needs a compiler, and is not used here.
+        # DeepSpeed would compile its own all-reduce at the first start, which needs a compiler and is not used here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

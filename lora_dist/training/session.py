@@ -18,10 +18,11 @@ from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import PreparedData, prepare_rows
 from lora_dist.environment import PACKAGES, device_name, git_commit, has_gpu, versions
 from lora_dist.errors import NothingToDo, UserError
-from lora_dist.model.adapters import add_adapters, check_identical, is_trained, parameter_counts
+from lora_dist.model.adapters import add_adapters, check_identical, is_trained_parameter, parameter_counts
 from lora_dist.model.lazy_weights import open_weights, weight_files
+from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
-from lora_dist.model.placement import agree
+from lora_dist.model.placement import agree_on_placement
 from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.ranks import check_same_on_all_ranks, from_rank_0, gather, leave_ranks, start_ranks
 from lora_dist.parallel.strategies import Launch, Strategy, read_launch, world_size
@@ -159,13 +160,13 @@ def load_training(
     folder: RunFolder,
 ) -> tuple[LoadedBase, Training]:
     """Load the base, of which each rank reads its rows; add the adapters, whole on every rank. Collective."""
-    placement, started = agree(plan.placement), time.perf_counter()
+    placement, started = agree_on_placement(plan.placement), time.perf_counter()
     memory_before = peak_memory_bytes(accelerator.device)
-    model = load_cached_base(
-        config.model_name_or_path, cache=config.quantized_cache, quantization=config.quantization, dtype=plan.dtype,
-        device=accelerator.device, placement=placement, is_trained=partial(is_trained, config), task=plan.task,
-        classes=plan.classes,
+    options = BaseOptions(
+        config.quantization, plan.dtype, accelerator.device, placement,
+        will_be_trained=partial(is_trained_parameter, config), task=plan.task, classes=plan.classes,
     )  # fmt: skip
+    model = load_cached_base(config.model_name_or_path, options, cache=config.quantized_cache)
     load_s = time.perf_counter() - started
     base = LoadedBase(placement, base_bytes(model), load_s, plan.expected, plan.work, memory_before)
     if plan.task.has_classes:

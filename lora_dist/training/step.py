@@ -100,7 +100,7 @@ def build_training(
     pipeline = pipeline_of(model)
     zero2 = shard_optimizer(params, optimizer, placement.deepspeed) if placement.zero_stage == 2 else None
     share = data_share(accelerator, context, pipeline)
-    probe = micro_batches(0, 0).first().to(accelerator.device)
+    probe = micro_batches(0, 0).first_row().to(accelerator.device)
     if config.packing:
         prepare_packing(model)
         check_isolation(model, probe.input_ids_BT[0, :64], accelerator.autocast)
@@ -202,9 +202,9 @@ def read_micro_batch(training: Training, step: int, turn: int) -> tuple[MicroBat
     """
     batch = training.read(step, turn)
     num_rows, length = batch.input_ids_BT.shape
-    counts = [batch.num_trained, batch.num_tokens, num_rows * length, num_rows * length**2]
+    counts = [batch.num_trained_tokens, batch.num_tokens, num_rows * length, num_rows * length**2]
     piece = (training.context.piece,) if training.context else ()
-    key = random_key(training.config.seed, step, training.read.turns[turn], *piece)
+    key = random_key(training.config.seed, step, training.read.indices[turn], *piece)
     torch.manual_seed(key % 2**32)
     return batch, counts
 
@@ -232,7 +232,7 @@ def sum_over_ranks(training: Training, step: int, stopwatch: Stopwatch) -> tuple
     """
     num_ranks, total, share = training.accelerator.num_processes, training.micro_batches.per_step, training.share
     num_own, tree, loss_sums = len(block(total, share.num_groups, share.group)), TreeSum(total * share.num_pieces), {}
-    for turn, index in enumerate(training.read.turns):
+    for turn, index in enumerate(training.read.indices):
         watchdog.report_progress(step, f"micro-batch {index + 1} of {total}")
         with stopwatch.part("data"):
             batch, counts = read_micro_batch(training, step, turn)

@@ -7,7 +7,7 @@ import torch
 
 from lora_dist.model.adapters import add_adapters
 from lora_dist.model.load import load_base
-from lora_dist.model.quantization import KIND_OF
+from lora_dist.model.quantization import FORMATS
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import load_unsharded, loss_and_gradients, randomize
@@ -20,7 +20,7 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("quantization", [*KIND_OF, "none"])
+@pytest.mark.parametrize("quantization", [*FORMATS, "none"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_loss_and_gradients_equal_bitsandbytes(config, tmp_path, family, quantization, dtype):
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])

@@ -15,7 +15,7 @@ from lora_dist.data.micro_batches import MicroBatch, collate
 from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
-from lora_dist.model.adapters import is_trained, trainable_parameters
+from lora_dist.model.adapters import is_trained_parameter, trainable_parameters
 from lora_dist.model.load import load_base
 from lora_dist.model.quantize_model import keep_norms_in_fp32
 from lora_dist.parallel.strategies import Placement
@@ -98,7 +98,7 @@ def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="em
 
 def load_placed(placement: Placement, quantization: str, dtype: torch.dtype, path="embedded", config=None):
     """Ours, placed as said. `config`: says what of the base will be trained."""
-    trained = {"is_trained": partial(is_trained, config)} if config else {}
+    trained = {"will_be_trained": partial(is_trained_parameter, config)} if config else {}
     return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=placement, **trained)
 
 

@@ -14,7 +14,7 @@ from lora_dist.model.adapters import (
     add_adapters,
     check_identical,
     check_targets,
-    is_trained,
+    is_trained_parameter,
     save_adapter,
     trainable_parameters,
     verify_adapter,
@@ -51,7 +51,7 @@ def _on_rank(rank, config, quantization, path, folder):
     check_identical(model)
     fresh = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     for name, param in model.named_parameters():
-        assert isinstance(param, DTensor) != (param.requires_grad or is_trained(config, name)), name
+        assert isinstance(param, DTensor) != (param.requires_grad or is_trained_parameter(config, name)), name
     randomize(model)
     outcome = loss_and_gradients(model)
     if rank == 0:

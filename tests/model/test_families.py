@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import base_bytes, meta_model
-from lora_dist.model.quantize_model import quantized_share
+from lora_dist.model.load import meta_model
+from lora_dist.model.memory import base_bytes
+from lora_dist.model.quantize_model import quantized_fraction
 from tests.helpers.families import CONFIGS, make_checkpoint
 from tests.helpers.parity import load_sharded, load_unsharded, loss_and_gradients, randomize
 from tests.helpers.ranks import run_ranks
@@ -34,7 +35,7 @@ def _step_on_rank(rank, config, quantization, path, dtype=torch.float32):
         assert all(isinstance(p, DTensor) for p in model.parameters())
         # Rows do not divide by 3, and experts are sharded whole: the fullest rank holds 2 of 4.
         whole_experts = any(p.dim() == 3 for p in model.parameters())
-        assert base.per_rank < 1.2 * base.total * (-(-4 // num_ranks) / 4 if whole_experts else 1 / num_ranks)
+        assert base.held < 1.2 * base.total * (-(-4 // num_ranks) / 4 if whole_experts else 1 / num_ranks)
     return loss_and_gradients(_adapted(config, model))
 
 
@@ -65,7 +66,7 @@ def test_loss_and_gradients_equal_one_process(config, tmp_path, family, quantiza
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     path = make_checkpoint(family, tmp_path)
     if quantization != "none":
-        share, left = quantized_share(meta_model(str(path), quantization, torch.float32))
+        share, left = quantized_fraction(meta_model(str(path), quantization, torch.float32))
         assert share == 1 if family not in ("mixtral", "qwen3_moe") else (share > 0.97 and len(left) == 1)  # the router
     _assert_equal_to_one_process(config, quantization, num_ranks, path)
 
@@ -75,7 +76,7 @@ def test_falcons_own_linear_is_quantized_and_one_at_any_world_size(config, tmp_p
     """bitsandbytes leaves Falcon's subclass of nn.Linear as it is: ours on one rank is the reference."""
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     path = make_checkpoint("falcon", tmp_path)
-    assert quantized_share(meta_model(str(path), quantization, torch.float32)) == (1.0, set())
+    assert quantized_fraction(meta_model(str(path), quantization, torch.float32)) == (1.0, set())
     ((loss, gradients),) = run_ranks(_step_on_rank, 1, config, quantization, path)
     for rank_loss, rank_gradients in run_ranks(_step_on_rank, 3, config, quantization, path):
         assert torch.equal(rank_loss, loss)

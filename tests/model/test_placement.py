@@ -1,4 +1,4 @@
-"""The dials of the config become a placement, or an error that says what would work."""
+"""The settings become a placement, or an error that says what would work."""
 
 import dataclasses
 from itertools import pairwise
@@ -9,8 +9,9 @@ from transformers import OPTConfig
 
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
-from lora_dist.model.load import base_bytes, load_base, meta_model
-from lora_dist.model.placement import agree, choose_placement, expected_memory, layers_that_fit, peak_bytes
+from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.memory import base_bytes, expected_memory, layers_that_fit, peak_bytes
+from lora_dist.model.placement import agree_on_placement, choose_placement
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.strategies import STRATEGIES, Launch, Placement, read_launch
 from tests.helpers.families import make_checkpoint
@@ -34,19 +35,19 @@ def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkey
 @pytest.mark.parametrize(
     "family, quantization", [("embedded", "int8"), ("embedded", "none"), ("gpt2", "nf4"), ("mixtral", "int8")]
 )
-def test_what_is_reckoned_with_is_what_is_loaded(tmp_path, family, quantization, dtype):
+def test_the_model_on_meta_is_the_model_that_is_loaded(tmp_path, family, quantization, dtype):
     path = family if family == "embedded" else str(make_checkpoint(family, tmp_path, dtype))
     device = torch.device("cpu")
     loaded = load_base(path, quantization=quantization, dtype=dtype, device=device, placement=Placement())
-    reckoned = meta_model(path, quantization, dtype)
+    on_meta = meta_model(path, quantization, dtype)
     seen, expected = (
         {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-        for model in (loaded, reckoned)
+        for model in (loaded, on_meta)
     )
-    assert seen == expected and base_bytes(loaded) == base_bytes(reckoned)
+    assert seen == expected and base_bytes(loaded) == base_bytes(on_meta)
 
 
-def test_memory_is_expected_where_it_is_reckoned(skeleton, config):
+def test_expected_memory(skeleton, config):
     whole = base_bytes(skeleton).total
     layers = [base_bytes(layer).total for layer in decoder_layers(skeleton)]
 
@@ -66,7 +67,7 @@ def test_memory_is_expected_where_it_is_reckoned(skeleton, config):
     "strategy, settings, expected",
     [
         ("fsdp", {}, Placement(shard_ranks=8)),
-        ("hsdp", {}, Placement(shard_ranks=4)),  # a copy a node: the base never crosses nodes
+        ("hsdp", {}, Placement(shard_ranks=4)),  # one copy per node: the base never crosses nodes
         ("hsdp", {"shard_size": 8}, Placement(shard_ranks=8)),
         ("hsdp", {"shard_size": 2, "resident_layers": "3"}, Placement(shard_ranks=2, resident_layers=3)),
         ("fsdp", {"gather_once": True}, Placement(shard_ranks=8, gather_once=True)),
@@ -88,7 +89,7 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
     placement = choose_placement(launch, config, skeleton, num_ranks=2, dtype=DTYPE)
     assert placement == Placement(shard_ranks=2, offload=True)
     for resident in ("all", "auto"):  # nothing would be left to offload
-        with pytest.raises(UserError, match=f"--resident_layers {resident}: .* fsdp_offload_params asks"):
+        with pytest.raises(UserError, match=f"--resident_layers {resident}: .* fsdp_offload_params: true"):
             choose_placement(
                 launch, dataclasses.replace(config, resident_layers=resident), skeleton, num_ranks=2, dtype=DTYPE
             )
@@ -98,19 +99,19 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
     "strategy, settings, words",
     [
         ("hsdp", {"shard_size": 3}, "--shard_size 3: must divide the 8 ranks"),
-        ("hsdp", {"shard_size": 1}, "--shard_size 1: shards nothing"),
-        ("fsdp", {"shard_size": 4}, "--shard_size 4: has no effect under fsdp, .*hsdp.yaml"),
+        ("hsdp", {"shard_size": 1}, "--shard_size 1: must be 2 or more"),
+        ("fsdp", {"shard_size": 4}, "--shard_size 4: has no effect under fsdp: .*hsdp.yaml"),
         ("zero3", {"resident_layers": "2"}, "--resident_layers 2: has no effect under zero3"),
-        ("zero3", {"use_dora": True}, "--use_dora True: cannot be had under zero3; use fsdp"),
-        ("zero3_offload", {"modules_to_save": ["lm_head"]}, "--modules_to_save .* cannot be had under zero3_offload"),
-        ("pipeline", {"lora_bias": "all"}, "--lora_bias all: cannot be had under pipeline; use fsdp"),
-        ("pipeline", {"context_parallel_size": 2}, "--context_parallel_size 2: cannot be had under pipeline"),
-        ("pipeline", {"task_type": "SEQ_2_SEQ_LM"}, "--task_type SEQ_2_SEQ_LM: cannot be had under pipeline; use fsdp"),
-        ("zero3", {"task_type": "SEQ_CLS"}, "--task_type SEQ_CLS: cannot be had under zero3; use fsdp"),
+        ("zero3", {"use_dora": True}, "--use_dora True: is not supported under zero3; use fsdp"),
+        ("zero3_offload", {"modules_to_save": ["lm_head"]}, "--modules_to_save .* not supported under zero3_offload"),
+        ("pipeline", {"lora_bias": "all"}, "--lora_bias all: is not supported under pipeline; use fsdp"),
+        ("pipeline", {"context_parallel_size": 2}, "--context_parallel_size 2: is not supported under pipeline"),
+        ("pipeline", {"task_type": "SEQ_2_SEQ_LM"}, "--task_type SEQ_2_SEQ_LM: is not supported under pipeline"),
+        ("zero3", {"task_type": "SEQ_CLS"}, "--task_type SEQ_CLS: is not supported under zero3; use fsdp"),
         (
             "ddp",
             {"task_type": "SEQ_CLS", "context_parallel_size": 2},
-            "--context_parallel_size 2: cannot be had with --task_type SEQ_CLS",
+            "--context_parallel_size 2: is not supported with --task_type SEQ_CLS",
         ),
         ("ddp", {"context_parallel_size": 3}, "--context_parallel_size 3: must divide the 8 ranks"),
         ("pipeline", {}, "num_processes: 8: the model has 4 layers"),
@@ -118,10 +119,10 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
         ("fsdp", {"resident_layers": "all", "gather_once": True}, "--gather_once True: has no effect"),
         ("ddp", {"shard_size": 2}, "--shard_size 2: has no effect under ddp"),
         ("single", {"gather_once": True}, "--gather_once True: has no effect under single"),
-        ("fsdp", {"resident_layers": "auto", "memory_budget_gib": 1e-3}, "--memory_budget_gib 0.001: .* estimated"),
+        ("fsdp", {"resident_layers": "auto", "memory_budget_gib": 1e-3}, "--memory_budget_gib 0.001: .* by estimate"),
     ],
 )
-def test_what_cannot_be_had(skeleton, config, monkeypatch, strategy, settings, words):
+def test_settings_that_are_not_supported_are_refused(skeleton, config, monkeypatch, strategy, settings, words):
     with pytest.raises(UserError, match=words):
         choose(skeleton, config, strategy, monkeypatch=monkeypatch, **settings)
 
@@ -143,20 +144,20 @@ def test_auto_takes_as_many_layers_as_the_budget_allows(config, tmp_path):
     peaks = [peak_bytes(deep, config, 2, DTYPE, resident) for resident in range(25)]
     layer = base_bytes(decoder_layers(deep)[0]).total
     assert {later - earlier for earlier, later in pairwise(peaks[:24])} == {layer / 2}
-    assert peaks[12] < peaks[24] < peaks[20]  # nothing gathered: soon the whole costs less than most of it
+    assert peaks[12] < peaks[24] < peaks[20]  # without gathers, the whole base costs less than most of it
     budgets = {peaks[0]: 0, peaks[1] - 1: 0, peaks[1]: 1, peaks[12]: 12, peaks[24]: 24, peaks[20]: 24}
     assert {budget: fit(deep, config, budget) for budget in budgets} == budgets
-    with pytest.raises(UserError, match="--memory_budget_gib .*: the base shared by 2 ranks needs an estimated"):
+    with pytest.raises(UserError, match="--memory_budget_gib .*: a base that 2 ranks share needs at least"):
         fit(deep, config, peaks[0] - 1)
 
 
-def test_auto_takes_all_where_the_whole_base_fits(skeleton, config):
+def test_auto_takes_all_layers_if_the_whole_base_fits(skeleton, config):
     whole = peak_bytes(skeleton, config, 2, DTYPE, 4)
-    assert whole < peak_bytes(skeleton, config, 2, DTYPE, 0)  # tiny layers: what is gathered weighs more
+    assert whole < peak_bytes(skeleton, config, 2, DTYPE, 0)  # with tiny layers, the gathers cost more
     assert fit(skeleton, config, whole) == 4
 
 
-def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch):
+def test_auto_without_a_budget_uses_the_free_memory(skeleton, config, monkeypatch):
     placement = choose(skeleton, config, monkeypatch=monkeypatch, resident_layers="auto")
     assert placement == Placement()  # this machine has room for a tiny base
 
@@ -168,7 +169,7 @@ def test_auto_without_a_budget_takes_what_is_free(skeleton, config, monkeypatch)
         ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward: false: .* --resident_layers N"),
     ],
 )
-def test_settings_of_the_accelerate_config_without_effect_are_refused(monkeypatch, env, words):
+def test_settings_of_the_accelerate_config_that_are_not_supported_are_refused(monkeypatch, env, words):
     launched = {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for name, value in (launched | env).items():
         monkeypatch.setenv(name, value)
@@ -177,8 +178,9 @@ def test_settings_of_the_accelerate_config_without_effect_are_refused(monkeypatc
 
 
 def _agree_on_rank(rank):
-    return agree((Placement(), Placement(4, resident_layers=5), Placement(4, resident_layers=2), Placement(4, 3))[rank])
+    choices = (Placement(), Placement(4, resident_layers=5), Placement(4, resident_layers=2), Placement(4, 3))
+    return agree_on_placement(choices[rank])
 
 
-def test_all_ranks_take_the_fewest_layers_that_fit_any_of_them():
+def test_all_ranks_take_the_smallest_number_of_resident_layers():
     assert run_ranks(_agree_on_rank, 4) == [Placement(shard_ranks=4, resident_layers=2)] * 4

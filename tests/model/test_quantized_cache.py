@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.quantization import KIND_OF
-from lora_dist.model.quantized_cache import fingerprint_of, load_cached_base, unusable_because
+from lora_dist.model.load import BaseOptions
+from lora_dist.model.quantization import FORMATS
+from lora_dist.model.quantized_cache import cache_problem, fingerprint_of, load_cached_base
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import CPU, bitsandbytes_config, load_sharded, loss_and_gradients, randomize
@@ -25,7 +26,7 @@ from tests.helpers.ranks import run_ranks
 
 def families_and_formats(*families):
     """Each family in the two formats people use, the first one in all."""
-    return [(family, q) for family in families for q in KIND_OF if family == families[0] or q != "nf4_plain"]
+    return [(family, q) for family in families for q in FORMATS if family == families[0] or q != "nf4_plain"]
 
 
 def whole_parameters(model):
@@ -69,15 +70,13 @@ def test_a_quantized_checkpoint_is_refused_for_another_format(tmp_path):
         load_sharded("int8", path=tmp_path)
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantized already, by gptq: take the unquantized model"):
+    with pytest.raises(UserError, match="quantized already, by gptq: give the unquantized model"):
         load_sharded("nf4", path=tmp_path)
 
 
 def _load_cached_on_rank(rank, quantization, path, cache):
-    model = load_cached_base(
-        str(path), cache=str(cache), quantization=quantization, dtype=torch.float32, device=CPU,
-        placement=Placement(shard_ranks=dist.get_world_size()),
-    )  # fmt: skip
+    options = BaseOptions(quantization, torch.float32, CPU, Placement(shard_ranks=dist.get_world_size()))
+    model = load_cached_base(str(path), options, cache=str(cache))
     assert model.name_or_path == str(path)
     return whole_parameters(model)
 
@@ -109,7 +108,7 @@ def test_the_cache_is_one_at_any_world_size_and_gives_the_same_bits(tmp_path, fa
         stamp = os.stat(cache / "manifest.json").st_mtime_ns
         for parameters in run_ranks(_load_cached_on_rank, num_ranks, quantization, path, cache):
             assert_equal(parameters, expected)
-        assert os.stat(cache / "manifest.json").st_mtime_ns == stamp  # read, not made anew
+        assert os.stat(cache / "manifest.json").st_mtime_ns == stamp  # read, not written again
 
 
 @pytest.mark.parametrize("family, quantization", families_and_formats("opt", "gpt2", "llama_tied", "gpt_neox"))
@@ -141,12 +140,12 @@ SPOILERS = {
     "no manifest": (lambda cache, path: (cache / "manifest.json").unlink(), "incomplete"),
     "cut short": (lambda cache, path: os.truncate(cache / "model.safetensors", 5000), "incomplete"),
     "a flipped bit": (_flip_a_byte, "damaged"),
-    "another source": (_touch_source, "made of other files"),
+    "another source": (_touch_source, "made from other files"),
 }
 
 
 def _why_on_rank(rank, cache, fingerprint):
-    return unusable_because(cache, fingerprint)
+    return cache_problem(cache, fingerprint)
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
@@ -160,17 +159,15 @@ def test_a_stale_or_partial_cache_is_made_anew(tmp_path, spoiler, capfd):
         assert why in answer
     for parameters in run_ranks(_load_cached_on_rank, 2, "int8", path, cache):
         assert_equal(parameters, expected)
-    assert capfd.readouterr().out.count("it is made anew") == 1  # rank 0 says so
+    assert capfd.readouterr().out.count("it is written again") == 1  # rank 0 prints it
     assert run_ranks(_why_on_rank, 2, cache, fingerprint) == [None, None]
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no quantized base"):
-        load_cached_base(
-            str(BASE_DIR), cache=str(tmp_path), quantization="int8", dtype=torch.float32, device=CPU,
-            placement=Placement(),
-        )  # fmt: skip
+    with pytest.raises(UserError, match="holds files that are not a quantized base"):
+        options = BaseOptions("int8", torch.float32, CPU, Placement())
+        load_cached_base(str(BASE_DIR), options, cache=str(tmp_path))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 

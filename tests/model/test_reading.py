@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lora_dist.errors import UserError
 from lora_dist.model import load
 from lora_dist.model.lazy_weights import open_weights
-from lora_dist.model.load import base_bytes
+from lora_dist.model.load import BaseOptions
+from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.parallel.strategies import Placement
@@ -79,14 +80,14 @@ def test_zero3_reads_its_rows_and_the_pipeline_its_layers(checkpoint):
     folder, total = checkpoint
     for read, base, _ in run_ranks(_load_on_rank, 2, Placement(2, deepspeed=zero(3)), folder / "safetensors"):
         assert total / 2 <= read <= total / 2 + SLACK
-        assert base.per_rank < 0.52 * base.total
+        assert base.held < 0.52 * base.total
     for num_stages, held in ((2, 2 / 4), (4, 1 / 4), (3, None)):
         ranks = run_ranks(_load_on_rank, num_stages, Placement(stages=num_stages), folder / "safetensors")
         for read, base, outside in ranks:
-            layers = base.per_rank - outside
+            layers = base.held - outside
             assert held is None or layers == pytest.approx((base.total - outside) * held, rel=1e-3)
             assert read < 2 * (layers + outside) + SLACK  # fp16 on disk
-        assert sum(base.per_rank - outside for _, base, outside in ranks) == pytest.approx(
+        assert sum(base.held - outside for _, base, outside in ranks) == pytest.approx(
             ranks[0][1].total - ranks[0][2], rel=1e-3
         )
 
@@ -94,10 +95,8 @@ def test_zero3_reads_its_rows_and_the_pipeline_its_layers(checkpoint):
 def _cache_on_rank(rank, path, cache, quantization):
     load_sharded(quantization)
     before = read_so_far()
-    load_cached_base(
-        str(path), cache=str(cache), quantization=quantization, dtype=torch.float16, device=CPU,
-        placement=Placement(shard_ranks=dist.get_world_size()),
-    )  # fmt: skip
+    options = BaseOptions(quantization, torch.float16, CPU, Placement(shard_ranks=dist.get_world_size()))
+    load_cached_base(str(path), options, cache=str(cache))
     return read_so_far() - before
 
 
@@ -137,7 +136,7 @@ def _storages_on_rank(rank, path):
 
     load.QuantizeRows.convert = watched
     model = load_sharded("int8", torch.float16, path)
-    return highest, base_bytes(model).per_rank
+    return highest, base_bytes(model).held
 
 
 @pytest.mark.slow
@@ -166,11 +165,11 @@ def test_a_file_cut_short_is_refused(checkpoint, tmp_path):
     path = make_checkpoint("llama", tmp_path)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="model.safetensors: cut short or damaged"):
+    with pytest.raises(UserError, match="model.safetensors: the file is truncated or damaged"):
         load_sharded("int8", path=path)
     torch.save({"a": torch.ones(3)}, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="pytorch_model.bin: its tensors do not lie .*; save the model as safetensors"):
+    with pytest.raises(UserError, match="pytorch_model.bin: its tensors are not stored row by row; save .*"):
         load_sharded("int8", path=path)
     (path / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="--model_name_or_path .*no file named"):

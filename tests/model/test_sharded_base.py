@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.model.adapters import add_adapters, save_adapter, verify_adapter
-from lora_dist.model.load import base_bytes
-from lora_dist.model.quantization import KIND_OF, FrozenLinear, as_floats, packed_weights
+from lora_dist.model.memory import base_bytes
+from lora_dist.model.quantization import FORMATS, FrozenLinear, as_floats, quantized_weights
 from lora_dist.parallel.fsdp import decoder_layers, gathered_bytes, release, sharded_modules
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import batch_of, load_sharded, load_unsharded, loss_and_gradients, randomize
 from tests.helpers.ranks import run_ranks
 
-QUANTIZATIONS = [*KIND_OF, "none"]
+QUANTIZATIONS = [*FORMATS, "none"]
 
 
 def _step_on_rank(rank, config, quantization, dtype):
@@ -53,7 +53,7 @@ def test_loss_and_adapter_gradients_equal_bitsandbytes_and_peft(config, quantiza
 def _gathered_parts_on_rank(rank, quantization, path):
     model = load_sharded(quantization, path=path)
     frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    parts = {name: packed_weights(module)["weight"].parts(module) for name, module in frozen.items()}
+    parts = {name: quantized_weights(module)["weight"].parts(module) for name, module in frozen.items()}
     own_rows = [len(p.to_local()) if isinstance(p, DTensor) else len(p) for p, *_ in parts.values()]
     return {name: [as_floats(whole(part)) for part in named] for name, named in parts.items()}, own_rows
 
@@ -73,7 +73,7 @@ def bitsandbytes_parts(quantization, weight):
 
 
 @pytest.mark.parametrize("num_ranks, uneven", [(1, False), (2, False), (3, True), (4, False), (5, True)])
-@pytest.mark.parametrize("quantization", KIND_OF)
+@pytest.mark.parametrize("quantization", FORMATS)
 def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks, uneven, tmp_path):
     """A Llama of 64, 32 and 192 rows: on 3 and 5 ranks some hold fewer than others."""
     path = make_checkpoint("llama", tmp_path)
@@ -162,13 +162,13 @@ def _bytes_on_rank(rank, config, quantization):
 def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, quantization):
     alone = load_sharded(quantization)
     whole = base_bytes(alone)
-    assert whole.per_rank == whole.total and not sharded_modules(alone)
+    assert whole.held == whole.total and not sharded_modules(alone)
     for loaded, held, seen, after_step, gathered in run_ranks(_bytes_on_rank, 2, config, quantization):
-        total, per_rank, quantized_total, quantized_per_rank = loaded
+        total, per_rank, quantized_total, quantized_held = loaded
         assert (total, quantized_total) == (whole.total, whole.quantized_total)
         # `nested` of NF4 has an odd number of entries: one int32 of padding per linear
         padding = {"int8": 0, "nf4": 24 * 4}[quantization]
-        assert quantized_total / 2 <= quantized_per_rank <= quantized_total / 2 + padding
+        assert quantized_total / 2 <= quantized_held <= quantized_total / 2 + padding
         assert per_rank <= total / 2 + padding
         assert held == loaded  # after a step and an evaluation
         # While a layer computes, it and at most the one fetched after it are whole; nothing is once the step is done.
@@ -177,19 +177,19 @@ def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, qua
         assert max(count for phase, count in seen if phase == "backward") <= 2
         assert after_step == 0
         # Each layer is gathered twice, the rest once, and nothing else moves: the formula, to the byte.
-        layers = sum(base_bytes(layer).per_rank for layer in decoder_layers(alone))
+        layers = sum(base_bytes(layer).held for layer in decoder_layers(alone))
         assert gathered == pytest.approx(2 * layers + (whole.total - layers), abs=4 * 2 * 2 * padding)
 
 
 def _gathered_on_rank(rank, config, resident_layers):
     model = load_sharded("int8", resident_layers=resident_layers)
     assert len(sharded_modules(model)) == 4 - resident_layers + 1
-    held = base_bytes(model)
+    base = base_bytes(model)
     model = add_adapters(model, config)
     randomize(model)
     steps = [loss_and_gradients(model) for _ in range(3)]  # three micro-batches
-    assert base_bytes(model) == held
-    return held.per_rank, gathered_bytes(model), steps
+    assert base_bytes(model) == base
+    return base.held, gathered_bytes(model), steps
 
 
 @pytest.mark.parametrize("resident_layers", [0, 1, 3])

@@ -108,8 +108,8 @@ def test_three_ranks_on_each_row_and_a_checkpointed_layer(config, tmp_path):
     "family, size, words",
     [
         ("llama", 3, "--context_parallel_size 3: must divide the 4 ranks"),
-        ("bloom", 2, "--context_parallel_size 2: cannot be had for a bloom; it can for gemma, gpt2"),
-        ("mistral", 2, "cannot be had for a mistral"),
+        ("bloom", 2, "--context_parallel_size 2: is not supported for a bloom; it is for gemma, gpt2"),
+        ("mistral", 2, "is not supported for a mistral"),
     ],
 )
 def test_what_is_refused(config, tmp_path, family, size, words):

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON against the flags: what acts, what is filled in, and what is refused."""
+"""DeepSpeed's JSON compared with the flags: what has an effect, what is filled in, and what is refused."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import torch
 
 from lora_dist.errors import UserError
 from lora_dist.model.load import meta_model
-from lora_dist.parallel.deepspeed_config import idle_keys, mixed_precision, read_deepspeed_config
+from lora_dist.parallel.deepspeed_config import keys_without_effect, mixed_precision, read_deepspeed_config
 from lora_dist.parallel.strategies import read_launch
 from lora_dist.parallel.zero import engine_config
 
@@ -29,23 +29,23 @@ ZERO3 = {"stage": 3}
 REFUSED = {
     "no JSON": ("{", "cannot be read"),
     "a list": ("[]", "must hold a JSON object"),
-    "no stage": ({}, "zero_optimization.stage null: give 2 or 3"),
-    "stage 1": ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage 1: give 2 or 3"),
-    "an optimizer": ({"zero_optimization": ZERO3, "optimizer": {"type": "Adam"}}, "optimizer .*: has no effect here"),
-    "a scheduler": ({"zero_optimization": ZERO3, "scheduler": {}}, "scheduler .*: has no effect here"),
+    "no stage": ({}, "zero_optimization.stage null: must be 2 or 3"),
+    "stage 1": ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage 1: must be 2 or 3"),
+    "an optimizer": ({"zero_optimization": ZERO3, "optimizer": {"type": "Adam"}}, ": optimizer: has no effect here"),
+    "a scheduler": ({"zero_optimization": ZERO3, "scheduler": {}}, ": scheduler: has no effect here"),
     "accumulation": (
         {"zero_optimization": ZERO3, "gradient_accumulation_steps": 8},
-        "gradient_accumulation_steps 8: --gradient_accumulation_steps make it 4",
+        "gradient_accumulation_steps 8: must be 4, the value of --gradient_accumulation_steps",
     ),
     "micro-batch": (
         {"zero_optimization": ZERO3, "train_micro_batch_size_per_gpu": 1},
-        "train_micro_batch_size_per_gpu 1: --per_device_train_batch_size make it 4",
+        "train_micro_batch_size_per_gpu 1: must be 4, the value of --per_device_train_batch_size",
     ),
-    "batch": ({"zero_optimization": ZERO3, "train_batch_size": 16}, "train_batch_size 16: .* make it 32"),
-    "clipping": ({"zero_optimization": ZERO3, "gradient_clipping": 0.5}, "clipping 0.5: --max_grad_norm make it 1"),
+    "batch": ({"zero_optimization": ZERO3, "train_batch_size": 16}, "train_batch_size 16: must be 32, .* x ranks"),
+    "clipping": ({"zero_optimization": ZERO3, "gradient_clipping": 0.5}, "0.5: must be 1.0, .* --max_grad_norm"),
     "offloaded optimizer": (
         {"zero_optimization": ZERO3 | {"offload_optimizer": {"device": "cpu"}}},
-        "offload_optimizer .*: the adapters' optimizer is some MiB",
+        "offload_optimizer .*: is not supported: the optimizer of the adapters takes only some MiB",
     ),
     "offload without sharding": (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param .*: needs stage 3"
@@ -64,17 +64,17 @@ def test_what_is_refused(config, tmp_path, what):
 
 
 def test_one_rank_is_refused(config, tmp_path):
-    with pytest.raises(UserError, match="ZeRO-3 shards over 2 ranks or more"):
+    with pytest.raises(UserError, match="ZeRO-3 needs 2 ranks or more"):
         read(config, tmp_path, {"zero_optimization": ZERO3}, num_ranks=1)
 
 
-def test_values_that_agree_with_the_flags_are_taken(config, tmp_path):
+def test_values_that_agree_with_the_flags_are_accepted(config, tmp_path):
     settings = {
         "zero_optimization": ZERO3 | {"overlap_comm": True, "contiguous_gradients": True}, "gradient_clipping": 1.0,
         "train_batch_size": 32, "gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"},
     }  # fmt: skip
     assert read(config, tmp_path, settings) == settings
-    assert idle_keys(settings) == ["contiguous_gradients"]  # said in the banner
+    assert keys_without_effect(settings) == ["contiguous_gradients"]  # the banner names it
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_the_fields_of_an_accelerate_config_without_a_file(config, two_ranks, mo
 
 def test_a_config_given_twice_is_refused(config, two_ranks, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="--deepspeed x.json: the accelerate config is a DeepSpeed one already"):
+    with pytest.raises(UserError, match="--deepspeed x.json: the accelerate config already names a DeepSpeed config"):
         read_launch(dataclasses.replace(config, deepspeed="x.json"))
 
 
-def test_what_deepspeed_is_given():
+def test_the_config_that_deepspeed_gets():
     base = meta_model("embedded", "int8", torch.bfloat16)
     settings = {"zero_optimization": ZERO3 | {"stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": "auto"}}
     given = engine_config(settings, base)
@@ -119,7 +119,7 @@ def test_what_deepspeed_is_given():
     assert zero["stage3_prefetch_bucket_size"] == 7 and zero["memory_efficient_linear"] is False
     assert 10**5 < zero["stage3_max_live_parameters"] < 2 * 10**6 < 10**9  # two layers of this base
     assert zero["stage3_param_persistence_threshold"] < 10**3
-    # DeepSpeed sees one micro-batch a step, and clips nothing.
+    # DeepSpeed sees one micro-batch per step and does not clip.
     assert (given["gradient_accumulation_steps"], given["train_micro_batch_size_per_gpu"]) == (1, 1)
     assert given["gradient_clipping"] == 0 and "bf16" not in given
     assert "stage3_max_live_parameters" not in engine_config({"zero_optimization": {"stage": 2}})["zero_optimization"]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.model.adapters import fingerprint
+from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantization import quantized_weights
 from lora_dist.model.quantized_cache import load_cached_base
@@ -108,8 +109,8 @@ def test_zero3_holds_half_and_frees_what_it_gathers(config, quantization):
     config = dataclasses.replace(config, quantization=quantization)
     for loaded, seen, after, _, base, vectors in run_ranks(_watch_zero3_on_rank, 2, config, GATHER_LITTLE):
         assert (loaded, seen, after, vectors) == (0, 0, 0, 0)
-        assert base.quantized_per_rank * 2 == base.quantized_total
-        assert base.per_rank < 0.51 * base.total  # norms are whole
+        assert base.quantized_held * 2 == base.quantized_total
+        assert base.held < 0.51 * base.total  # norms are whole
 
 
 def test_zero3_by_itself_keeps_vectors_and_at_most_some_layers(config):
@@ -117,10 +118,10 @@ def test_zero3_by_itself_keeps_vectors_and_at_most_some_layers(config):
     for loaded, seen, after, layer, base, vectors in run_ranks(_watch_zero3_on_rank, 2, config, {}):
         assert loaded == after == 0
         assert seen <= 3 * layer
-        assert 0.5 * base.total + vectors < base.per_rank < 0.53 * base.total
+        assert 0.5 * base.total + vectors < base.held < 0.53 * base.total
     whole = {"stage3_param_persistence_threshold": 10**9}  # base_bytes says so: the partition, and the whole
     for *_, base, _ in run_ranks(_watch_zero3_on_rank, 2, config, whole):
-        assert 1.49 * base.total < base.per_rank < 1.5 * base.total
+        assert 1.49 * base.total < base.held < 1.5 * base.total
 
 
 def _rows_on_rank(rank, config, placement):
@@ -149,10 +150,8 @@ def test_a_step_takes_the_effective_batch_and_zero2_shards_the_optimizer(config,
 
 
 def _cached_on_rank(rank, cache, placement):
-    model = load_cached_base(
-        "embedded", cache=str(cache), quantization="int8", dtype=torch.float32, device=CPU, placement=placement
-    )
-    return base_bytes(model)
+    options = BaseOptions("int8", torch.float32, CPU, placement)
+    return base_bytes(load_cached_base("embedded", options, cache=str(cache)))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -173,10 +172,9 @@ def _sent_on_rank(rank, config):
     train_step(run.training, 0)
     shapes = [run.training.micro_batches(0, index).input_ids_BT.shape for index in range(G)]
     elsewhere = [layer for i, layer in enumerate(decoder_layers(run.model)) if i not in run.training.pipeline.layers]
-    packed = [
-        part for layer in elsewhere for m in layer.modules() for p in quantized_weights(m).values() for part in p.parts(m)
-    ]
-    assert packed and all(part.untyped_storage().nbytes() <= 4 for part in packed)
+    modules = [module for layer in elsewhere for module in layer.modules()]
+    parts = [part for module in modules for w in quantized_weights(module).values() for part in w.parts(module)]
+    assert parts and all(part.untyped_storage().nbytes() <= 4 for part in parts)
     return run.training.pipeline.bytes_sent, sum(shape.numel() for shape in shapes) * run.model.config.hidden_size * 4
 
 

@@ -49,7 +49,7 @@ def _hybrid_on_rank(rank, config):
     assert dist.get_world_size() == 4
     model = load_sharded("int8", shard_ranks=2)
     meshes = {tuple(p.device_mesh.mesh.tolist()) for p in model.parameters() if isinstance(p, DTensor)}
-    held = base_bytes(model).per_rank
+    held = base_bytes(model).held
     model = adapted(config, model)
     return meshes, held, steps(model), gathered_bytes(model)
 
@@ -102,7 +102,7 @@ def _gather_once_on_rank(rank, config):
     )  # fmt: skip
     release(model)
     assert all(isinstance(p, DTensor) for p in model.get_base_model().parameters() if not p.requires_grad)
-    return outcomes, counter.num_calls, counter.num_bytes, whole_layers, base_bytes(model).per_rank
+    return outcomes, counter.num_calls, counter.num_bytes, whole_layers, base_bytes(model).held
 
 
 def test_gather_once_gathers_each_group_once_until_it_is_released(config, alone):

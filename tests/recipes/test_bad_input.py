@@ -60,7 +60,7 @@ CASES = {
     "column of lists": (
         lambda t: ["--dataset_text_field", "tags"],
         {},
-        ["--dataset_name embedded: row 1: tags holds a list, not text"],
+        ["--dataset_name embedded: example 1: column tags holds a list; it must hold text"],
     ),
     "target module": (
         lambda t: ["--lora_target_modules", "q_proj", "query"],
@@ -76,7 +76,7 @@ CASES = {
     "ZeRO stage 1": (
         lambda t: ["--deepspeed", write(t / "d.json", '{"zero_optimization": {"stage": 1}}')],
         {},
-        ["--deepspeed", "zero_optimization.stage 1", "give 2 or 3"],
+        ["--deepspeed", "zero_optimization.stage 1", "must be 2 or 3"],
     ),
     "ZeRO key": (
         lambda t: ["--deepspeed", write(t / "d.json", '{"zero_optimization": {"stage": 3, "stage3_live": 1}}')],
@@ -89,7 +89,7 @@ CASES = {
             write(t / "d.json", '{"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 8}'),
         ],
         {},
-        ["gradient_accumulation_steps 8", "--gradient_accumulation_steps make it 4"],
+        ["gradient_accumulation_steps 8", "must be 4, the value of --gradient_accumulation_steps"],
     ),
     "pipeline of another size": (
         lambda t: [],
@@ -104,12 +104,12 @@ CASES = {
     "bias in a pipeline": (
         lambda t: ["--lora_bias", "all"],
         {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_PP_DEGREE": "2"},
-        ["--lora_bias all", "cannot be had under pipeline", "use fsdp"],
+        ["--lora_bias all", "is not supported under pipeline", "use fsdp"],
     ),
-    "classes": (
-        lambda t: ["--task_type", "SEQ_CLS", "--dataset_label_field", "tags", "--sample_prompt", ""],
+    "prompt for a classifier": (
+        lambda t: ["--task_type", "SEQ_CLS", "--dataset_label_field", "tags"],
         {},
-        ["recipes/quotes_tags.py"],
+        ["--sample_prompt Two things", "is not supported with --task_type SEQ_CLS; give --sample_prompt ''"],
     ),
     "context parallel": (
         lambda t: [],
@@ -145,7 +145,7 @@ def test_a_rank_count_that_the_launcher_did_not_start_is_refused(tmp_path):
         *("recipes/opt_quotes.py", "--output_dir", str(tmp_path / "run")),
     )
     assert done.returncode != 0
-    assert "error: accelerate config num_processes: 1: fsdp shards over 2 ranks or more" in done.stderr
+    assert "error: accelerate config num_processes: 1: fsdp needs 2 ranks or more" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from lora_dist.config import TrainConfig, parse_config
+from lora_dist.config import TrainConfig
 from lora_dist.data.packing import check_packing
+from lora_dist.flags import parse_config
 from lora_dist.model.adapters import check_targets
 from lora_dist.model.placement import peak_bytes
-from lora_dist.model.quantize_model import keep_norms_in_fp32, pack_model
+from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from tests.helpers.ranks import ROOT
 
 FILES = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -38,7 +39,7 @@ def test_the_header_says_what_the_estimate_says(file):
     config = parse_config(TrainConfig(), ["--config", str(file)])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(BASES[file.stem], dtype=torch.bfloat16)
-    pack_model(model, config.quantization)
+    quantize_model(model, config.quantization)
     keep_norms_in_fp32(model)
     check_targets(model, config)
     check_packing(model, config)

@@ -52,7 +52,7 @@ def test_quantize_then_train_on_it(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("embedded", "--output_dir", "lora_dist"), "lora_dist: holds files that are no quantized base"),
+        (("embedded", "--output_dir", "lora_dist"), "lora_dist: holds files that are not a quantized base"),
         (("./none", "--output_dir", "x"), "--model_name_or_path ./none: no such directory"),
     ],
 )

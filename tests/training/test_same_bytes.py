@@ -63,11 +63,11 @@ def assert_placed(model, placement, base):
         assert all(p.data.numel() == 0 and p.ds_tensor.numel() == -(-p.ds_numel // num_ranks) for p in matrices)
     elif placement.stages > 1:
         outside = base.total - sum(base_bytes(layer).total for layer in layers)
-        assert base.per_rank < outside + 1.1 * (base.total - outside) * -(-len(layers) // num_ranks) / len(layers)
+        assert base.held < outside + 1.1 * (base.total - outside) * -(-len(layers) // num_ranks) / len(layers)
     elif sharded and not placement.resident_layers:
-        assert base.per_rank < 1.1 * base.total / placement.shard_ranks
+        assert base.held < 1.1 * base.total / placement.shard_ranks
     elif not sharded:
-        assert base.per_rank == base.total
+        assert base.held == base.total
 
 
 # Every way to place the base on so many ranks.
