@@ -1,4 +1,4 @@
-"""Examples with classes: a text and its class or classes, or words and a class for each."""
+"""Examples for classifiers: a text with its class or classes (SEQ_CLS), or words with a class each (TOKEN_CLS)."""
 
 from collections import Counter
 
@@ -9,31 +9,37 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.formats import Document, Encoded, Encoder
 from lora_dist.data.sources import Examples
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
-from lora_dist.errors import UserError, require
+from lora_dist.errors import require
 
 
 def choose_encoder(tokenizer: PreTrainedTokenizerBase, config: TrainConfig, examples: Examples) -> Encoder:
+    """Raises UserError if settings, columns and tokenizer do not fit together."""
     if TASKS[config.task_type].has_classes:
         return ClassEncoder(tokenizer, config, examples)
     return Encoder(tokenizer, config, examples.columns)
 
 
-def number_classes(train: Dataset, column: str, num_labels: int | None) -> dict[object, str]:
-    """The names of the classes in a column, by how its rows call them: by number where the data set lists names.
+def name_classes(train: Dataset, column: str, num_labels: int | None) -> dict[object, str]:
+    """The name of each class, by the value that stands for it in the column; in the order of the class numbers.
 
-    In the order of that list, or sorted; of `num_labels` the most frequent ones.
+    If the data set itself lists the classes (`datasets.ClassLabel`), the values are their numbers. Otherwise the
+    classes are the column's values, sorted; with `num_labels`, only that many, the most frequent ones.
     """
     feature = getattr(train.features[column], "feature", train.features[column])
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
-    values = (value if isinstance(value, list) else [value] for value in train[column])
-    counts = Counter(name for row in values for name in row if name is not None)
-    by_frequency = sorted(counts, key=lambda name: (-counts[name], str(name)))
-    return {name: str(name) for name in sorted(by_frequency[:num_labels], key=str)}
+    lists = (value if isinstance(value, list) else [value] for value in train[column])
+    counts = Counter(value for values in lists for value in values if value is not None)
+    by_frequency = sorted(counts, key=lambda value: (-counts[value], str(value)))
+    return {value: str(value) for value in sorted(by_frequency[:num_labels], key=str)}
 
 
 class ClassEncoder(Encoder):
-    """Token ids with the classes' numbers as labels: of a row its class, or 0 or 1 for each, or of each token."""
+    """Turns examples into token ids and class numbers.
+
+    Labels are class numbers: one per text; or a 0/1 vector over the classes, if the column holds a list of classes; or
+    one per token (TOKEN_CLS).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, examples: Examples):
         self.tokenizer, self.config, self.format = tokenizer, config, "classes"
@@ -41,72 +47,81 @@ class ClassEncoder(Encoder):
         has = f"{config.dataset_name} has {', '.join(examples.columns)}"
         for setting, column in (("dataset_text_field", text), ("dataset_label_field", label)):
             require(column in examples.columns, setting, column, f"no such column: {has}")
+        self.text_column, self.label_column = text, label
         self.per_token = config.task_type == "TOKEN_CLS"
-        require(not self.per_token or tokenizer.is_fast, "task_type", "TOKEN_CLS", "needs a fast tokenizer")
+        why = f"needs a fast tokenizer, which {config.model_name_or_path} does not have"
+        require(not self.per_token or tokenizer.is_fast, "task_type", "TOKEN_CLS", why)
         feature = examples.train.features[label]
-        self.listed = isinstance(getattr(feature, "feature", feature), ClassLabel)
+        self.listed_by_data = isinstance(getattr(feature, "feature", feature), ClassLabel)
         why = f"has no effect: {config.dataset_name} lists the classes of {label} itself"
-        require(not (self.listed and config.num_labels), "num_labels", config.num_labels, why)
-        names = number_classes(examples.train, label, config.num_labels)
-        self.classes, self.numbers = list(names.values()), {name: number for number, name in enumerate(names)}
-        require(len(self.classes) > 1, "dataset_label_field", label, f"holds one class, {' '.join(self.classes)}")
+        require(not (self.listed_by_data and config.num_labels), "num_labels", config.num_labels, why)
+        names = name_classes(examples.train, label, config.num_labels)
+        self.classes = list(names.values())  # names, by class number
+        self.number_of_value = {value: number for number, value in enumerate(names)}
+        why = f"holds one class, {' '.join(self.classes)}; a classifier needs two or more"
+        require(len(self.classes) > 1, "dataset_label_field", label, why)
 
-    def read(self, example: dict, row: int) -> Document:
-        text, labels = example[self.config.dataset_text_field or "text"], example[self.config.dataset_label_field]
+    def read(self, example: dict, number: int) -> Document:
+        text, labels = example[self.text_column], example[self.label_column]
         if not self.per_token:
-            return Document(row, (self._text(example, self.config.dataset_text_field or "text", row),), labels=labels)
+            return Document(number, (self._text(example, self.text_column, number),), labels=labels)
         if not (isinstance(text, list) and isinstance(labels, list) and len(text) == len(labels)):
-            raise self._malformed(row, "needs a list of words and as many classes")
-        return Document(row, tuple(text), labels=labels)
+            why = f"{self.text_column} must hold a list of words, and {self.label_column} as many classes"
+            raise self._malformed(number, why)
+        return Document(number, tuple(text), labels=labels)
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
         if self.per_token:
             encoded = self.tokenizer([list(d.parts) for d in documents], is_split_into_words=True, verbose=False)
-            words = [encoded.word_ids(i) for i in range(len(documents))]
-            labels = [self._of_tokens(d, ids) for d, ids in zip(documents, words, strict=True)]
+            word_ids = [encoded.word_ids(i) for i in range(len(documents))]
+            labels = [self._token_labels(d, ids) for d, ids in zip(documents, word_ids, strict=True)]
             return list(zip(encoded["input_ids"], labels, strict=True))
-        ids = self._ids([document.text for document in documents])
-        return [(row, self._of_row(document)) for row, document in zip(ids, documents, strict=True)]
+        ids = self._tokenize([document.text for document in documents])
+        return [(row, self._text_labels(document)) for row, document in zip(ids, documents, strict=True)]
 
-    def _of_row(self, document: Document) -> list[int]:
-        if isinstance(document.labels, list):  # several at once; those that are no class are left out
-            held = {self._number(name, document) for name in document.labels}
-            return [int(number in held) for number in range(len(self.classes))]
-        number = self._number(document.labels, document)
+    def _text_labels(self, document: Document) -> list[int]:
+        if isinstance(document.labels, list):
+            present = {self._class_number(value, document) for value in document.labels}  # None: ignored
+            return [int(number in present) for number in range(len(self.classes))]
+        number = self._class_number(document.labels, document)
         return [IGNORE_INDEX if number is None else number]
 
-    def _of_tokens(self, document: Document, words: list[int | None]) -> list[int]:
-        """A word's class is its first token's to predict."""
-        begins = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
-        numbers = [self._number(name, document) for name in document.labels]
-        chosen = [numbers[word] if first else None for word, first in zip(words, begins, strict=True)]
+    def _token_labels(self, document: Document, word_ids: list[int | None]) -> list[int]:
+        """The class of a word is the label of its first token; its other tokens and special tokens are not trained.
+
+        `word_ids`: for each token the index of its word, or None for a special token.
+        """
+        is_first = [word is not None and (i == 0 or word_ids[i - 1] != word) for i, word in enumerate(word_ids)]
+        numbers = [self._class_number(value, document) for value in document.labels]
+        chosen = [numbers[word] if first else None for word, first in zip(word_ids, is_first, strict=True)]
         return [IGNORE_INDEX if number is None else number for number in chosen]
 
-    def _number(self, name, document: Document) -> int | None:
-        """None for what is no class: left out by `--num_labels`, not in the rows to train on, or unknown (None, -1)."""
-        outside = self.listed and name is not None and not -1 <= name < len(self.classes)
-        if outside:
-            column, last = self.config.dataset_label_field, len(self.classes) - 1
-            raise self._malformed(document.row, f"{column} is {name}, and the classes are 0 to {last}")
-        return self.numbers.get(name)
+    def _class_number(self, value, document: Document) -> int | None:
+        """None if the value is no class: it is unknown (None or -1), too rare for `--num_labels`, or only held out.
+
+        Raises UserError if the data set lists its classes and this is not one of them.
+        """
+        if self.listed_by_data and value is not None and not -1 <= value < len(self.classes):
+            last = len(self.classes) - 1
+            raise self._malformed(document.number, f"{self.label_column} is {value}, but the classes are 0 to {last}")
+        return self.number_of_value.get(value)
 
 
-def check_classes(config: TrainConfig) -> None:
-    """Raises UserError where a setting has no effect on, or is missing for, `--task_type`."""
-    task = TASKS[config.task_type]
-    label, names = config.dataset_label_field, ("dataset_label_field", "num_labels")
+def check_task_settings(config: TrainConfig) -> None:
+    """Raises UserError if a setting has no effect with `--task_type`, is not supported with it, or is missing."""
+    task, label = TASKS[config.task_type], config.dataset_label_field
+    with_task = f"with --task_type {task.name}"
     if task.has_classes:
-        require(label, "task_type", task.name, "needs --dataset_label_field COLUMN")
-        require(
-            not config.streaming, "streaming", True, f"cannot be had with {task.name}: its classes are counted first"
-        )
+        require(label, "task_type", task.name, "needs --dataset_label_field COLUMN, the column that holds the classes")
+        why = f"is not supported {with_task}, which counts the classes before it trains"
+        require(not config.streaming, "streaming", True, why)
     else:
-        for name in names:
+        for name in ("dataset_label_field", "num_labels"):
             value = getattr(config, name)
-            require(value is None, name, value, f"has no effect with --task_type {task.name}")
+            require(value is None, name, value, f"has no effect {with_task}; use it with SEQ_CLS or TOKEN_CLS")
     if task.name != "CAUSAL_LM":
-        require(not config.packing, "packing", True, "cannot be had with --task_type " + task.name)
-        split = config.overlong_rows == "split"
-        require(not split, "overlong_rows", "split", f"cannot be had with --task_type {task.name}; truncate or drop")
-        if config.sample_prompt:
-            raise UserError(f"--sample_prompt {config.sample_prompt}: only CAUSAL_LM completes a prompt")
+        refused = f"is not supported {with_task}"
+        require(not config.packing, "packing", True, f"{refused}; give --packing false")
+        require(config.overlong_rows != "split", "overlong_rows", "split", f"{refused}; use truncate or drop")
+        prompt = config.sample_prompt
+        require(not prompt, "sample_prompt", prompt, f"{refused}; give --sample_prompt ''")

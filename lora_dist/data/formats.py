@@ -1,7 +1,7 @@
-"""One example to token ids and labels: plain text, prompt and completion, instructions, chats.
+"""Formats of examples, and how each becomes token ids and labels: text, prompt and completion, instructions, chats.
 
-Labels are the token ids where a token is trained and IGNORE_INDEX where it is only read. A prompt is tokenized as it
-will be at inference, where it stands alone.
+An example is one record of the data set. A label is the token's own id if the token is trained, and IGNORE_INDEX if it
+is only read. A prompt is tokenized as it will be at inference, where it stands alone.
 """
 
 import re
@@ -18,7 +18,7 @@ from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import model_path
 from lora_dist.errors import UserError, require
 
-COLUMNS = {
+COLUMNS = {  # that a format needs
     "text": ("text",), "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
     "messages": ("messages",),
 }  # fmt: skip
@@ -28,7 +28,10 @@ Encoded = tuple[list[int], list[int]]  # token ids, labels
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """A base's tokenizer, with the template of a Jinja file. Raises UserError where it cannot be had, or lacks eos."""
+    """The tokenizer of a base, with the chat template in a Jinja file if one is named.
+
+    Raises UserError if tokenizer or file cannot be read, or if the tokenizer has no eos token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
@@ -36,9 +39,11 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
             f"--model_name_or_path {name}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model_name_or_path {name}: its tokenizer has no eos token")
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer has no eos token; training needs one to end each text"
+        )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked in attention and loss: any id will do
+        tokenizer.pad_token = tokenizer.eos_token  # any id will do: padding is masked in attention and loss
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -48,41 +53,43 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
 
 
 def choose_format(columns: list[str], config: TrainConfig) -> str:
-    """`--dataset_format`, or what the columns' names tell. Raises UserError where a column it needs is missing."""
+    """`--dataset_format`; if it is "auto", the format that the columns belong to.
+
+    Raises UserError if the data set lacks a column that the format needs.
+    """
     has = f"{config.dataset_name} has {', '.join(columns)}"
     field, wanted = config.dataset_text_field, config.dataset_format
     if field is not None:
         require(field in columns, "dataset_text_field", field, f"no such column: {has}")
-        require(
-            wanted in ("auto", "text"), "dataset_text_field", field, f"has no effect with --dataset_format {wanted}"
-        )
+        why = f"has no effect with --dataset_format {wanted}"
+        require(wanted in ("auto", "text"), "dataset_text_field", field, why)
         return "text"
-    fitting = [name for name, needed in COLUMNS.items() if all(_column(c, columns) for c in needed)]
+    possible = [name for name, needed in COLUMNS.items() if all(_find_column(c, columns) for c in needed)]
     if wanted == "auto":
         hint = "name a text column with --dataset_text_field, or rename columns with --rename_columns"
         known = "; ".join(", ".join(needed) for needed in COLUMNS.values())
-        require(fitting, "dataset_format", wanted, f"{has}, which is none of: {known}; {hint}")
-        return fitting[0]
+        require(possible, "dataset_format", wanted, f"{has}, which is none of: {known}; {hint}")
+        return possible[0]
     needs = " and ".join(COLUMNS[wanted])
-    require(wanted in fitting, "dataset_format", wanted, f"needs {needs}, but {has}; use --rename_columns OLD=NEW")
+    require(wanted in possible, "dataset_format", wanted, f"needs {needs}, but {has}; use --rename_columns OLD=NEW")
     return wanted
 
 
-def _column(name: str, columns: list[str]) -> str | None:
-    """ShareGPT's data call messages conversations."""
+def _find_column(name: str, columns: list[str]) -> str | None:
+    """The column of this name, or None. In ShareGPT's data, "messages" are called "conversations"."""
     names = (name, "conversations") if name == "messages" else (name,)
     return next((c for c in names if c in columns), None)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One example, read: a text, or a prompt and its completion, or a chat."""
+    """One example after its columns were read: either `parts` or `chat` is filled."""
 
-    row: int  # from 1, as users count
-    parts: tuple[str, ...] = ()  # a text alone, or prompt and completion
-    chat: tuple[dict, ...] = ()  # messages with role and content
-    num_given: int = 0  # messages that are the prompt's
-    labels: object = None  # its class, or classes, as the data name them
+    number: int  # of the example in its split, from 1
+    parts: tuple[str, ...] = ()  # one text; or prompt and completion; TOKEN_CLS: words
+    chat: tuple[dict, ...] = ()  # messages with "role" and "content"
+    num_given: int = 0  # number of messages of the chat that are its prompt
+    labels: object = None  # of a classifier: the class or the classes, as the data set names them
 
     @property
     def text(self) -> str:
@@ -90,159 +97,172 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn in it: no text, or a prompt that nothing completes."""
-        uncompleted = self.labels is None and len(self.parts) == 2 and not self.parts[1].strip()
-        return uncompleted or not self.text.strip()
+        """True if there is nothing to learn: no text, or a prompt whose completion is empty."""
+        lacks_completion = self.labels is None and len(self.parts) == 2 and not self.parts[1].strip()
+        return lacks_completion or not self.text.strip()
 
 
 class Encoder:
-    """Reads examples of one format, and turns them into token ids and labels."""
+    """Reads examples of one format (`read`), and turns them into token ids and labels (`__call__`)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, columns: list[str]):
+        """`columns`: of the data set. Raises UserError if settings, columns and tokenizer do not fit together."""
         self.tokenizer, self.config, template = tokenizer, config, tokenizer.chat_template
         self.format = choose_format(columns, config)
-        self.marks_assistant = bool(template and re.search(r"\{%-?\s*generation\b", str(template)))
+        self.template_marks_assistant = bool(template and re.search(r"\{%-?\s*generation\b", str(template)))
         if self.format == "messages":
             self._require_template(self.format)
-        target = config.task_type == "SEQ_2_SEQ_LM"
-        why = "cannot be had with --task_type SEQ_2_SEQ_LM, which needs a prompt and a completion"
-        require(not target or self.format in ("prompt_completion", "alpaca"), "dataset_format", self.format, why)
-        unread = config.chat_template and self.format == "text"
-        require(not unread, "chat_template", config.chat_template, "has no effect on texts")
+        has_targets = self.format in ("prompt_completion", "alpaca")
+        why = "is not supported with --task_type SEQ_2_SEQ_LM, which needs a prompt and a completion"
+        require(config.task_type != "SEQ_2_SEQ_LM" or has_targets, "dataset_format", self.format, why)
+        unused = config.chat_template and self.format == "text"
+        require(not unused, "chat_template", config.chat_template, "has no effect on texts")
 
-    def read(self, example: dict, row: int) -> Document:
-        """Raises UserError naming the row where a column does not hold what the format says."""
+    def read(self, example: dict, number: int) -> Document:
+        """`number`: of the example, from 1. Raises UserError if a column does not hold what the format needs."""
         if self.format == "text":
-            return Document(row, (self._text(example, self.config.dataset_text_field or "text", row),))
+            return Document(number, (self._text(example, self.config.dataset_text_field or "text", number),))
         if self.format == "messages":
-            column = _column("messages", list(example))
-            return Document(row, chat=self._messages(example[column], column, row))
+            column = _find_column("messages", list(example))
+            return Document(number, chat=self._messages(example[column], column, number))
         if self.format == "alpaca":
-            return self._instruction(example, row)
+            return self._instruction(example, number)
         if isinstance(example["prompt"], str | None):
-            return Document(row, (self._text(example, "prompt", row), self._text(example, "completion", row)))
+            return Document(number, (self._text(example, "prompt", number), self._text(example, "completion", number)))
         self._require_template("prompt_completion")
-        given = self._messages(example["prompt"], "prompt", row)
-        return Document(
-            row, chat=given + self._messages(example["completion"], "completion", row), num_given=len(given)
-        )
+        prompt = self._messages(example["prompt"], "prompt", number)
+        completion = self._messages(example["completion"], "completion", number)
+        return Document(number, chat=prompt + completion, num_given=len(prompt))
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
-        """(ids, labels) of each, of any length. Raises UserError naming the row where a chat cannot be rendered."""
+        """(token ids, labels) of each document, of any length. Raises UserError if a chat cannot be rendered."""
         if self.format == "text":
-            return [self._closed(ids, ids) for ids in self._ids([document.text for document in documents])]
+            return [self._with_eos(ids, ids) for ids in self._tokenize([document.text for document in documents])]
         if all(document.parts for document in documents):
             pairs = [document.parts for document in documents]
-            return self._targets(pairs) if self.config.task_type == "SEQ_2_SEQ_LM" else self._pairs(pairs)
+            return self._targets(pairs) if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions(pairs)
         return [self._chat(document) for document in documents]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
-    def _closed(self, ids: list[int], labels: list[int]) -> Encoded:
-        """With eos at the end, so that the model learns where a text ends."""
+    def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
+        """Add a trained eos token, so that the model learns where a text ends."""
         eos = self.tokenizer.eos_token_id
-        if len(ids) > 1 and ids[-1] == eos:  # some tokenizers add it
+        if len(ids) > 1 and ids[-1] == eos:  # some tokenizers add it themselves
             return ids, labels
         return [*ids, eos], [*labels, eos]
 
-    def _pairs(self, pairs: list[tuple[str, ...]]) -> list[Encoded]:
-        prompts = self._ids([prompt for prompt, _ in pairs])
-        whole = self._ids([prompt + answer for prompt, answer in pairs])
-        rows = []
-        for (_, answer), prompt, ids in zip(pairs, prompts, whole, strict=True):
+    def _completions(self, pairs: list[tuple[str, ...]]) -> list[Encoded]:
+        """Prompt and completion as one sequence, of which the completion is trained."""
+        prompts = self._tokenize([prompt for prompt, _ in pairs])
+        joined = self._tokenize([prompt + completion for prompt, completion in pairs])
+        encoded = []
+        for (_, completion), prompt, ids in zip(pairs, prompts, joined, strict=True):
             if len(prompt) > 1 and prompt[-1] == self.tokenizer.eos_token_id:
                 prompt = prompt[:-1]
             if ids[: len(prompt)] != prompt:  # a token would reach from the prompt into the completion
-                ids = prompt + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-            num_read = 0 if self.config.train_on_inputs else len(prompt)
-            rows.append(self._closed(ids, [IGNORE_INDEX] * num_read + ids[num_read:]))
-        return rows
+                ids = prompt + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+            num_untrained = 0 if self.config.train_on_inputs else len(prompt)
+            encoded.append(self._with_eos(ids, [IGNORE_INDEX] * num_untrained + ids[num_untrained:]))
+        return encoded
 
     def _targets(self, pairs: list[tuple[str, ...]]) -> list[Encoded]:
-        """The prompt for the encoder, the completion as labels."""
-        prompts, targets = (self._ids([pair[side] for pair in pairs]) for side in (0, 1))
-        return [(ids, self._closed(target, target)[1]) for ids, target in zip(prompts, targets, strict=True)]
+        """SEQ_2_SEQ_LM: the token ids are the prompt's, for the encoder, and the labels are the completion's."""
+        prompts, targets = (self._tokenize([pair[side] for pair in pairs]) for side in (0, 1))
+        return [(ids, self._with_eos(target, target)[1]) for ids, target in zip(prompts, targets, strict=True)]
 
     def _chat(self, document: Document) -> Encoded:
-        chat, given = list(document.chat), document.chat[: document.num_given]
         if self.config.train_on_inputs:
-            ids = self.tokenizer(self._render(chat, document.row), add_special_tokens=False)["input_ids"]
-            return self._closed_chat(ids, ids)
-        if self.marks_assistant and not any(message["role"] == "assistant" for message in given):
-            encoded = self.tokenizer.apply_chat_template(
-                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, trained = encoded["input_ids"], encoded["assistant_masks"]
-        else:
-            text = self._render(chat, document.row)
-            spans = list(self._assistant_spans(document, text))
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids = encoded["input_ids"]
-            trained = [any(a <= start < end <= b for a, b in spans) for start, end in encoded["offset_mapping"]]
+            text = self._render(document.chat, document.number)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self._with_eos_after_chat(ids, ids)
+        prompt = document.chat[: document.num_given]
+        # The template's marks would also train the assistant's messages in the prompt.
+        by_marks = self.template_marks_assistant and not any(message["role"] == "assistant" for message in prompt)
+        ids, trained = self._trained_by_marks(document) if by_marks else self._trained_by_spans(document)
         if ids and all(trained):
-            raise self._malformed(document.row, "the chat template marks every token as the assistant's")
-        labels = [token if is_trained else IGNORE_INDEX for token, is_trained in zip(ids, trained, strict=True)]
-        return self._closed_chat(ids, labels)
+            raise self._malformed(document.number, "the chat template marks every token as the assistant's")
+        labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, trained, strict=True)]
+        return self._with_eos_after_chat(ids, labels)
+
+    def _trained_by_marks(self, document: Document) -> tuple[list[int], list[int]]:
+        """(token ids, 1 for each token that the template's {% generation %} blocks mark, else 0)."""
+        encoded = self.tokenizer.apply_chat_template(
+            list(document.chat), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return encoded["input_ids"], encoded["assistant_masks"]
+
+    def _trained_by_spans(self, document: Document) -> tuple[list[int], list[bool]]:
+        """(token ids, True for each token that lies in a message of the assistant)."""
+        text = self._render(document.chat, document.number)
+        spans = list(self._assistant_spans(document, text))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        return encoded["input_ids"], [any(a <= start < end <= b for a, b in spans) for start, end in offsets]
 
     def _assistant_spans(self, document: Document, text: str) -> Iterator[tuple[int, int]]:
-        """Where in the rendered `text` the assistant speaks: from where it is asked to, to the end of its turn.
+        """Character spans of the assistant's messages in the rendered `text`: from its cue to the end of its turn.
 
-        A template without {% generation %} tells this only if the rendering of the first turns opens that of all.
+        For templates without {% generation %}. The spans follow from the renderings of the first 1, 2, ... messages, so
+        each of these must be the beginning of `text`. Raises UserError if one is not.
         """
         special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values())
         for i, message in enumerate(document.chat):
-            if message["role"] != "assistant" or i < max(1, document.num_given):  # an opening turn answers nothing
+            # The first message of a chat is no answer, and those of the prompt are not trained.
+            if message["role"] != "assistant" or i < max(1, document.num_given):
                 continue
-            before = self._render(document.chat[:i], document.row, ask=True)
-            through = self._render(document.chat[: i + 1], document.row)
+            before = self._render(document.chat[:i], document.number, add_cue=True)
+            through = self._render(document.chat[: i + 1], document.number)
             if not (through.startswith(before) and text.startswith(through)):
                 raise self._malformed(
-                    document.row,
-                    f"the chat template writes turn {i + 1} otherwise when more follows, so the assistant's tokens "
-                    "cannot be told; give a --chat_template with {% generation %}, or --train_on_inputs true",
+                    document.number,
+                    f"the chat template changes message {i + 1} when more messages follow, so the assistant's tokens "
+                    "cannot be found; give a --chat_template with {% generation %}, or --train_on_inputs true",
                 )
-            closed = through.rstrip()
-            # No line feed after the token that ends a turn: generation stops before it.
-            yield len(before), len(closed) if closed.endswith(special) else len(through)
+            stripped = through.rstrip()
+            # Generation stops at the token that ends a turn, so a line feed after it is not trained.
+            yield len(before), len(stripped) if stripped.endswith(special) else len(through)
 
-    def _closed_chat(self, ids: list[int], labels: list[int]) -> Encoded:
-        """Most templates end with a special token, perhaps a line feed behind it; after others comes eos."""
+    def _with_eos_after_chat(self, ids: list[int], labels: list[int]) -> Encoded:
+        """Add eos, unless the chat ends with a special token, as most templates end it; white space may follow it."""
         last = next((token for token in reversed(ids) if not self.tokenizer.decode([token]).isspace()), None)
         if last is None or last in self.tokenizer.added_tokens_decoder or labels[-1] == IGNORE_INDEX:
             return ids, labels
-        return self._closed(ids, labels)
+        return self._with_eos(ids, labels)
 
-    def _render(self, chat, row: int, *, ask: bool = False) -> str:
+    def _render(self, messages: Sequence[dict], number: int, *, add_cue: bool = False) -> str:
+        """The chat as text. `add_cue`: with the words that ask the assistant for its message."""
         try:
-            return self.tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask)
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_cue)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise self._malformed(row, f"the chat template refuses it: {error}") from None
+            raise self._malformed(number, f"the chat template refuses it: {error}") from None
 
-    def _instruction(self, example: dict, row: int) -> Document:
-        """As a chat where the tokenizer has a template, under headings where it has none."""
-        instruction, output = (self._text(example, column, row) for column in ("instruction", "output"))
-        more = self._text(example, "input", row) if "input" in example else ""
+    def _instruction(self, example: dict, number: int) -> Document:
+        """An instruction becomes a chat if the tokenizer has a chat template, and text with headings if it has none."""
+        instruction, output = (self._text(example, column, number) for column in ("instruction", "output"))
+        context = self._text(example, "input", number) if "input" in example else ""
         if self.tokenizer.chat_template:
-            asked = {"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}
-            return Document(row, chat=(asked, {"role": "assistant", "content": output}), num_given=1)
-        given = f"\n\n### Input:\n{more}" if more else ""
-        return Document(row, (f"### Instruction:\n{instruction}{given}\n\n### Response:\n", output))
+            question = {"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}
+            return Document(number, chat=(question, {"role": "assistant", "content": output}), num_given=1)
+        section = f"\n\n### Input:\n{context}" if context else ""
+        return Document(number, (f"### Instruction:\n{instruction}{section}\n\n### Response:\n", output))
 
-    def _text(self, example: dict, column: str, row: int) -> str:
+    def _text(self, example: dict, column: str, number: int) -> str:
         value = example[column]
         if value is not None and not isinstance(value, str):
-            raise self._malformed(row, f"{column} holds a {type(value).__name__}, not text")
+            raise self._malformed(number, f"column {column} holds a {type(value).__name__}; it must hold text")
         return value or ""
 
-    def _messages(self, value, column: str, row: int) -> tuple[dict, ...]:
+    def _messages(self, value, column: str, number: int) -> tuple[dict, ...]:
         messages = []
-        for number, message in enumerate(value if isinstance(value, list) else (), 1):
+        for position, message in enumerate(value if isinstance(value, list) else (), 1):
             message = message if isinstance(message, dict) else {}
             role = message.get("role") or message.get("from")
             content = message.get("content") or message.get("value") or ""
             if not isinstance(role, str) or not isinstance(content, str):
-                raise self._malformed(row, f"message {number} of {column} needs a role and content (from and value)")
+                why = f"message {position} of {column} needs a role and content (or from and value)"
+                raise self._malformed(number, why)
             messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
         return tuple(messages)
 
@@ -251,12 +271,12 @@ class Encoder:
         require(tokenizer.chat_template, "dataset_format", format, f"{name} has no chat template; give --chat_template")
         require(tokenizer.is_fast, "dataset_format", format, f"{name} has no fast tokenizer, which chats need")
 
-    def _malformed(self, row: int, what: str) -> UserError:
-        return UserError(f"--dataset_name {self.config.dataset_name}: row {row}: {what}")
+    def _malformed(self, number: int, what: str) -> UserError:
+        return UserError(f"--dataset_name {self.config.dataset_name}: example {number}: {what}")
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
-    """A row decoded, with ⟦ and ⟧ around what is trained."""
+def mark_trained(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """The text of a row, with ⟦ and ⟧ around the trained tokens."""
     parts = []
     for trained, tokens in groupby(zip(ids, labels, strict=True), lambda pair: bool(pair[1] != IGNORE_INDEX)):
         text = tokenizer.decode([token for token, _ in tokens])

@@ -1,10 +1,9 @@
-"""Rows to micro-batches.
+"""Micro-batches, made from rows.
 
-A micro-batch is a pure function of (seed, step, index): no sampler state, no dependence on the number of ranks, which
-differ only in the indices they run. This is what makes a run the same on any number of ranks, and resumable from its
-step alone.
+A micro-batch is a pure function of (seed, step, index). There is no sampler state. Ranks differ only in the indices
+that they compute, so a run is the same on any number of ranks, and can continue from its step number alone.
 
-B: sequences of a micro-batch. T: tokens of its longest sequence.
+B: sequences of a micro-batch. T: tokens of its longest sequence. L: labels of a sequence, see `tasks.py`.
 """
 
 import bisect
@@ -23,30 +22,30 @@ from lora_dist.data.rows import Rows, RowStream
 from lora_dist.data.tasks import CAUSAL_LM, IGNORE_INDEX, Task
 from lora_dist.seeds import random_key
 
-STREAM_WINDOW = 10_000  # rows of a stream that are shuffled, and packed, together
-GROUPED_STEPS = 50  # steps whose rows are sorted by length together
-AHEAD = 2  # micro-batches that wait to be used
+STREAM_WINDOW = 10_000  # rows of a stream that are shuffled and packed together
+GROUPED_STEPS = 50  # steps whose rows `group_by_length` sorts together
+NUM_PREFETCHED = 2  # micro-batches that are made ahead of their use
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     input_ids_BT: torch.Tensor  # int64
-    attention_mask_BT: torch.Tensor  # int64, 0 on padding; in packed rows the number of the document, from 1
-    labels_BL: torch.Tensor  # int64, as its task says; IGNORE_INDEX where nothing is trained
+    attention_mask_BT: torch.Tensor  # int64; 1, or in packed rows the number of the document from 1; 0 on padding
+    labels_BL: torch.Tensor  # int64, as the task defines them; IGNORE_INDEX for what is not trained
     packed: bool = False
     task: Task = CAUSAL_LM
 
     @property
-    def num_trained(self) -> int:
-        """Tokens, or of SEQ_CLS rows or classes, that the loss is a mean over."""
-        return self.task.num_trained(self.labels_BL)
+    def num_trained_tokens(self) -> int:
+        """Number of labels that the loss is a mean over; see `Task.num_trained_tokens`."""
+        return self.task.num_trained_tokens(self.labels_BL)
 
     @property
     def num_tokens(self) -> int:
+        """Without padding."""
         return int((self.attention_mask_BT != 0).sum())
 
-    def first(self) -> "MicroBatch":
-        """Its first row alone."""
+    def first_row(self) -> "MicroBatch":
         return self._map(lambda tensor: tensor[:1])
 
     def pin(self) -> "MicroBatch":
@@ -61,7 +60,10 @@ class MicroBatch:
 
 
 def collate(rows: Sequence[dict], pad_token_id: int, task: Task = CAUSAL_LM) -> MicroBatch:
-    """Rows padded on the right to the longest of them."""
+    """Pad rows on the right to the length of the longest one. Each has `input_ids` and `labels`.
+
+    A packed row has an `attention_mask` too; either all rows are packed or none is.
+    """
     packed = "attention_mask" in rows[0]
     masks = [row["attention_mask"] if packed else [1] * len(row["input_ids"]) for row in rows]
     return MicroBatch(
@@ -81,7 +83,7 @@ def _padded(rows: Sequence, value: int) -> torch.Tensor:
 
 
 def model_inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """The arguments of a model's forward."""
+    """Arguments of the model's forward, without labels."""
     if batch.packed:
         return {"input_ids": batch.input_ids_BT, **packed_inputs(model, batch.attention_mask_BT)}
     inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
@@ -90,15 +92,21 @@ def model_inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]
     return inputs
 
 
+# The rows of one window, and the row numbers in each of its sequences.
+Window = tuple[Rows | list[dict], list[list[int]]]
+
+
 class MicroBatches:
-    """The run's data: micro-batch `index` of optimizer step `step`, the same whoever asks.
+    """The run's micro-batches: `batches(step, index)` is micro-batch `index` of optimizer step `step`, on the CPU.
 
-    Sequences are read from an endless stream of windows. A window is an epoch: one seeded permutation of the rows, so
-    that each comes once an epoch and none is dropped or repeated at its end; of a RowStream it is its next rows. With
-    `num_epochs` the stream ends, and the last step may hold fewer sequences.
+    Each holds `sequences` sequences; a step has `per_step` micro-batches, over all ranks. They are cut from one endless
+    list of sequences, which is made window by window. For `Rows`, a window is an epoch: one seeded permutation of all
+    rows, so each row comes once per epoch and none is dropped or repeated. For a `RowStream`, a window is its next
+    STREAM_WINDOW rows, shuffled. With `num_epochs`, the list ends after that many epochs, and the last step may hold
+    fewer sequences.
 
-    A sequence is one row, or with `pack_to` as many as fit into so many tokens. With `group_by_length` the rows of a
-    step are of similar length.
+    A sequence is one row; with `pack_to`, it is as many rows as fit into that many tokens. With `group_by_length`, the
+    rows of a step have similar lengths.
     """
 
     def __init__(
@@ -114,52 +122,58 @@ class MicroBatches:
         group_by_length: bool = False,
         task: Task = CAUSAL_LM,
     ):
-        self.rows, self.pad_token_id, self.seed = rows, pad_token_id, seed
-        self.sequences, self.per_step = sequences, per_step  # of a micro-batch, micro-batches of a step
-        self.pack_to, self.group_by_length, self.task = pack_to, group_by_length, task
-        self._windows: dict[int, tuple[Rows | list, list[list[int]]]] = {}  # the last two: a micro-batch spans no more
-        self._starts, self._stream = [0], None  # of a stream's windows, as far as they are known
+        self.rows, self.pad_token_id, self.seed, self.task = rows, pad_token_id, seed, task
+        self.sequences, self.per_step = sequences, per_step
+        self.pack_to, self.group_by_length = pack_to, group_by_length
+        self._windows: dict[int, Window] = {}  # the newest two, because a micro-batch spans at most two
+        self._window_starts = [0]  # of a RowStream: number of the first sequence of each window read so far
+        self._window_reader, self._next_read = None, 0  # of a RowStream; the window that the reader gives next
         streamed = isinstance(rows, RowStream)
-        self.per_epoch = None if streamed else len(self._window(0)[1])  # sequences
-        self.end = math.ceil(num_epochs * self.per_epoch) if num_epochs else None
+        self.sequences_per_epoch = None if streamed else len(self._window(0)[1])  # None if not known
+        self.total_sequences = math.ceil(num_epochs * self.sequences_per_epoch) if num_epochs else None  # None: endless
 
     @property
     def num_steps(self) -> int | None:
-        """Steps until the stream ends; None where it does not."""
-        return math.ceil(self.end / (self.sequences * self.per_step)) if self.end else None
+        """Number of steps until the data ends; None without `num_epochs`."""
+        return math.ceil(self.total_sequences / (self.sequences * self.per_step)) if self.total_sequences else None
 
     def row_ids(self, step: int, index: int) -> list[list[int]]:
-        """The rows in each sequence of a micro-batch, by their number in the data, of a stream in their window."""
-        return [self._window(window)[1][offset] for window, offset in self._places(step, index)]
+        """For each sequence of a micro-batch, the numbers of its rows in `rows`; for a RowStream, in their window."""
+        return [self._window(window)[1][position] for window, position in self._locate(step, index)]
 
     def __call__(self, step: int, index: int) -> MicroBatch:
+        """Raises UserError if a RowStream turns out to be unreadable."""
         sequences = []
-        for window, offset in self._places(step, index):
-            rows, order = self._window(window)
-            documents = [rows[i] for i in order[offset]]
+        for window, position in self._locate(step, index):
+            rows, row_ids = self._window(window)
+            documents = [rows[i] for i in row_ids[position]]
             sequences.append(join(documents) if self.pack_to else documents[0])
-        if sequences:
-            return collate(sequences, self.pad_token_id, self.task)
-        first = self._window(0)[0][0]  # past the end of the data: a row that trains nothing
-        nothing = {"input_ids": first["input_ids"], "labels": [IGNORE_INDEX] * len(first["labels"])}
-        return collate([join([nothing]) if self.pack_to else nothing], self.pad_token_id, self.task)
+        return collate(sequences or [self._untrained_sequence()], self.pad_token_id, self.task)
 
-    def _places(self, step: int, index: int) -> list[tuple[int, int]]:
-        """(window, position in it) of each sequence of a micro-batch."""
+    def _untrained_sequence(self) -> dict:
+        """A sequence that trains nothing, for micro-batches after the end of the data."""
+        first = self._window(0)[0][0]
+        untrained = {"input_ids": first["input_ids"], "labels": [IGNORE_INDEX] * len(first["labels"])}
+        return join([untrained]) if self.pack_to else untrained
+
+    def _locate(self, step: int, index: int) -> list[tuple[int, int]]:
+        """(number of the window, position in it) of each sequence of a micro-batch; empty after the end of the data."""
         start = (step * self.per_step + index) * self.sequences
-        stop = start + self.sequences if self.end is None else min(start + self.sequences, self.end)
-        return [self._place(position) for position in range(start, stop)]
+        stop = start + self.sequences
+        if self.total_sequences is not None:
+            stop = min(stop, self.total_sequences)
+        return [self._locate_sequence(number) for number in range(start, stop)]
 
-    def _place(self, position: int) -> tuple[int, int]:
-        if self.per_epoch:
-            return divmod(position, self.per_epoch)
-        while self._starts[-1] <= position:
-            self._starts.append(self._starts[-1] + len(self._window(len(self._starts) - 1)[1]))
-        window = bisect.bisect(self._starts, position) - 1
-        return window, position - self._starts[window]
+    def _locate_sequence(self, number: int) -> tuple[int, int]:
+        if self.sequences_per_epoch:
+            return divmod(number, self.sequences_per_epoch)
+        starts = self._window_starts
+        while starts[-1] <= number:
+            starts.append(starts[-1] + len(self._window(len(starts) - 1)[1]))
+        window = bisect.bisect(starts, number) - 1
+        return window, number - starts[window]
 
-    def _window(self, number: int) -> tuple[Rows | list, list[list[int]]]:
-        """(rows, the rows of each sequence in their order) of an epoch, or of a part of a stream."""
+    def _window(self, number: int) -> Window:
         if number not in self._windows:
             rows = self._read_window(number) if isinstance(self.rows, RowStream) else self.rows
             self._windows = {n: window for n, window in self._windows.items() if n == number - 1}
@@ -167,20 +181,21 @@ class MicroBatches:
         return self._windows[number]
 
     def _read_window(self, number: int) -> list[dict]:
-        if self._stream is None or number < self._next_read:
-            self._stream, self._next_read = self._read_windows(), 0  # from its beginning
-        window = next(islice(self._stream, number - self._next_read, None))
+        if self._window_reader is None or number < self._next_read:
+            self._window_reader, self._next_read = self._read_windows(), 0
+        window = next(islice(self._window_reader, number - self._next_read, None))
         self._next_read = number + 1
         return [{"input_ids": ids, "labels": labels} for ids, labels in window]
 
     def _read_windows(self) -> Iterator[list[Encoded]]:
-        """The stream from its beginning, and again when it ends: a window holds no row twice."""
+        """Read the RowStream over and over. A window ends where the stream ends, so it holds no row twice."""
         while True:
             rows = iter(self.rows)
             while window := list(islice(rows, STREAM_WINDOW)):
                 yield window
 
-    def _arrange(self, rows: Rows | list, window: int) -> list[list[int]]:
+    def _arrange(self, rows: Rows | list[dict], window: int) -> list[list[int]]:
+        """The row numbers in each sequence of a window, in their order."""
         generator = torch.Generator().manual_seed(random_key(self.seed, "order", window))
         order = torch.randperm(len(rows), generator=generator).tolist()
         if not (self.pack_to or self.group_by_length):
@@ -189,41 +204,54 @@ class MicroBatches:
         if self.pack_to:
             packed = best_fit_decreasing(lengths, order, self.pack_to)
             return [packed[i] for i in torch.randperm(len(packed), generator=generator).tolist()]
-        step = self.sequences * self.per_step
-        size = step * GROUPED_STEPS
-        pools = [sorted(order[i : i + size], key=lambda j: -lengths[j]) for i in range(0, len(order), size)]
-        steps = [pool[i : i + step] for pool in pools for i in range(0, len(pool), step)]
-        uneven = [] if len(steps[-1]) == step else [steps.pop()]  # last, so that the others stay together
-        shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-        return [[i] for rows_of_step in shuffled + uneven for i in rows_of_step]
+        rows_per_step = self.sequences * self.per_step
+        return [[i] for i in group_rows_by_length(lengths, order, rows_per_step, generator)]
+
+
+def group_rows_by_length(
+    lengths: Sequence[int], order: list[int], rows_per_step: int, generator: torch.Generator
+) -> list[int]:
+    """Reorder rows so that those of a step have similar lengths. `order`: a permutation of the row numbers.
+
+    The rows of GROUPED_STEPS steps at a time are sorted, longest first, and cut into steps. The steps are shuffled.
+    """
+    size = rows_per_step * GROUPED_STEPS
+    pools = [sorted(order[i : i + size], key=lambda j: -lengths[j]) for i in range(0, len(order), size)]
+    steps = [pool[i : i + rows_per_step] for pool in pools for i in range(0, len(pool), rows_per_step)]
+    # A step that is not full comes last: anywhere else it would shift the rows of all steps after it.
+    incomplete = [] if len(steps[-1]) == rows_per_step else [steps.pop()]
+    shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+    return [row for rows_of_step in shuffled + incomplete for row in rows_of_step]
 
 
 class Prefetch:
-    """Makes the micro-batches of this rank in a thread, ahead of their use.
+    """Makes the micro-batches of this rank in a thread, ahead of their use: `read(step, position)`.
 
-    Not in torch's worker processes: a SIGTERM to all processes of a job ends those, and with them a run that would have
-    saved itself (docs/log.md). Making one takes milliseconds, and a tokenizer leaves Python's lock to others.
+    It does not use worker processes, as torch's DataLoader does: a SIGTERM to all processes of a job ends them, and the
+    run with them before it has saved a checkpoint (docs/upstream.md). A thread is fast enough, because a micro-batch
+    takes milliseconds, and tokenizers release Python's lock.
     """
 
-    def __init__(self, batches: MicroBatches, turns: Sequence[int], device: torch.device):
-        self.batches, self.turns, self.device = batches, turns, device  # turns: the indices of a step in their order
+    def __init__(self, batches: MicroBatches, indices: Sequence[int], device: torch.device):
+        """`indices`: the micro-batches of each step that this rank computes, in order; an index may come twice."""
+        self.batches, self.indices, self.device = batches, indices, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._waiting: dict[int, Future] = {}  # by step * turns of a step + turn
+        self._waiting: dict[int, Future] = {}  # by step * len(indices) + position
 
-    def __call__(self, step: int, turn: int) -> MicroBatch:
-        """On the device. Raises what making it raised."""
-        number = step * len(self.turns) + turn
-        wanted = range(number, number + AHEAD + 1)
+    def __call__(self, step: int, position: int) -> MicroBatch:
+        """Micro-batch `indices[position]` of a step, on the device. Raises what was raised while it was made."""
+        number = step * len(self.indices) + position
+        wanted = range(number, number + NUM_PREFETCHED + 1)
         self._waiting = {n: self._waiting.get(n) or self._thread.submit(self._make, n) for n in wanted}
         return self._waiting.pop(number).result().to(self.device)
 
     def row_ids(self, step: int, index: int) -> list[list[int]]:
-        """As of MicroBatches, which only the thread may ask: it reads streams."""
+        """`MicroBatches.row_ids`, called in the thread, because two threads must not read a stream at once."""
         return self._thread.submit(self.batches.row_ids, step, index).result()
 
     def _make(self, number: int) -> MicroBatch:
-        step, turn = divmod(number, len(self.turns))
-        batch = self.batches(step, self.turns[turn])
+        step, position = divmod(number, len(self.indices))
+        batch = self.batches(step, self.indices[position])
         if self.device.type != "cuda":
             return batch
         with torch.cuda.device(self.device):

@@ -1,4 +1,4 @@
-"""Where the examples come from: the hub, local files, a saved data set. Read through `datasets`."""
+"""Sources of examples: the hub, local files, a saved data set. All are read through the package `datasets`."""
 
 import hashlib
 import inspect
@@ -21,35 +21,29 @@ LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet"
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as users have them, before they are tokens."""
+    """The records of a data set, before they are tokenized."""
 
     train: Dataset | IterableDataset
     held_out: Dataset | IterableDataset | None
     columns: list[str]
-    identity: str  # of their content and their division: the same for the same examples
+    identity: str  # hash of their content and of how they were split and changed: equal for equal examples
 
 
 def load_examples(config: TrainConfig, transform: Callable[[dict], dict] | None = None) -> Examples:
-    """The training and held-out examples of `--dataset_name`. Raises UserError where it, or a split, cannot be had."""
+    """The training and held-out examples of `--dataset_name`, with columns renamed and `transform` applied.
+
+    Raises UserError if the data set, a split or a column is not found, or if there are no examples.
+    """
     name = config.dataset_name
     splits = _read(name, config)
-    _require_split(splits, "dataset_train_split", config.dataset_train_split, name)
-    train, held_out = splits[config.dataset_train_split], None
-    if config.dataset_test_split not in (None, "none"):
-        _require_split(splits, "dataset_test_split", config.dataset_test_split, name)
-        held_out = splits[config.dataset_test_split]
-    elif config.dataset_test_split is None and "test" in splits and config.dataset_train_split != "test":
-        held_out = splits["test"]
-    elif config.eval_fraction and config.streaming:
-        why = "a stream has no fraction to hold out; give --eval_fraction 0, or --dataset_test_split NAME"
-        raise UserError(f"--streaming True: {why}")
+    train, held_out = _choose_splits(splits, config)
     identity = [_identity(name, train), config.dataset_config, config.dataset_train_split, config.dataset_test_split]
     if held_out is None and config.eval_fraction:
         identity += [config.eval_fraction, config.seed]
         train, held_out = _hold_out(train, config)
     if not config.streaming:
         require(len(train), "dataset_name", name, f"its split {config.dataset_train_split} is empty")
-    columns = train.column_names or list(peek(train, name, 1)[0])  # of some streams it is known only when read
+    columns = train.column_names or list(peek(train, name, 1)[0])  # some streams know their columns only when read
     renamed = _renaming(columns, config)
     if renamed:
         train, held_out = train.rename_columns(renamed), held_out and held_out.rename_columns(renamed)
@@ -61,8 +55,24 @@ def load_examples(config: TrainConfig, transform: Callable[[dict], dict] | None 
     return Examples(train, held_out, columns, digest.hexdigest())
 
 
+def _choose_splits(
+    splits: DatasetDict, config: TrainConfig
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """(split to train on, split to hold out, or None if there is none)."""
+    train, test = config.dataset_train_split, config.dataset_test_split
+    _require_split(splits, "dataset_train_split", train, config.dataset_name)
+    if test not in (None, "none"):
+        _require_split(splits, "dataset_test_split", test, config.dataset_name)
+        return splits[train], splits[test]
+    if test is None and "test" in splits and train != "test":
+        return splits[train], splits["test"]
+    why = "cannot hold out a fraction of a stream; give --eval_fraction 0, or --dataset_test_split NAME"
+    require(not (config.eval_fraction and config.streaming), "streaming", True, why)
+    return splits[train], None
+
+
 def _transformed(split, transform: Callable[[dict], dict], columns: list[str], name: str) -> Dataset | IterableDataset:
-    """With the function applied as the examples are read: once, by the process that tokenizes."""
+    """The split with the function applied to each example when it is read, by the process that tokenizes."""
 
     def checked(example: dict) -> dict:
         try:
@@ -76,6 +86,7 @@ def _transformed(split, transform: Callable[[dict], dict], columns: list[str], n
 
 
 def as_examples(batch: dict[str, list]) -> list[dict]:
+    """A batch of columns as a list of examples."""
     return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
@@ -84,7 +95,7 @@ def _as_columns(examples: list[dict]) -> dict[str, list]:
 
 
 def read_batches(examples: Dataset | IterableDataset, name: str, size: int = 1000) -> Iterator[dict[str, list]]:
-    """The examples, `size` at a time, as columns. Raises UserError where a stream turns out to be unreadable."""
+    """The examples, `size` at a time, as {column: values}. Raises UserError if a stream turns out to be unreadable."""
     batches = iter(examples.iter(batch_size=size))
     while True:
         try:
@@ -99,6 +110,7 @@ def read_batches(examples: Dataset | IterableDataset, name: str, size: int = 100
 
 
 def _hold_out(train: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """(examples to train on, examples to hold out). `--seed` decides which."""
     num_held_out = int(len(train) * config.eval_fraction)
     generator = torch.Generator().manual_seed(random_key(config.seed, "held out"))
     order = torch.randperm(len(train), generator=generator).tolist()
@@ -107,7 +119,7 @@ def _hold_out(train: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
 
 def _read(name: str, config: TrainConfig) -> DatasetDict:
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what it would log
     path, streaming = Path(name), config.streaming
     try:
         if embedded := dataset_dir(name):
@@ -125,7 +137,7 @@ def _read(name: str, config: TrainConfig) -> DatasetDict:
         return datasets.load_dataset(name, config.dataset_config, streaming=streaming)
     except UserError:
         raise
-    except Exception as error:  # datasets raises many kinds; all mean that this name cannot be read
+    except Exception as error:  # datasets raises many types; all mean that this name cannot be read
         raise _unreadable(name, error) from None
 
 
@@ -134,27 +146,31 @@ def _is_saved(path: Path) -> bool:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    while error.__cause__:  # the outer ones only say that something went wrong
+    """The one-line error for an exception of datasets."""
+    while error.__cause__:  # the outer exceptions only say that something went wrong
         error = error.__cause__
     if isinstance(error, OSError) and str(datasets.config.HF_DATASETS_CACHE) in str(error.filename):
-        return unwritable(name, error)
-    said = str(error).strip()
-    if isinstance(error, IndexError) or "corresponds to no data" in said:  # as datasets says it
+        return unwritable_cache(name, error)
+    text = str(error).strip()
+    if isinstance(error, IndexError) or "corresponds to no data" in text:  # what datasets raises for an empty one
         return UserError(f"--dataset_name {name}: holds no examples")
-    reason = _first_bad_line(Path(name)) or (said.splitlines()[0].rstrip(".") if said else type(error).__name__)
+    reason = _first_bad_line(Path(name)) or (text.splitlines()[0].rstrip(".") if text else type(error).__name__)
     suffixes = " ".join(LOADER_OF_SUFFIX)
     hint = f"give a hub name, a directory, or a file ending in {suffixes}"
     return UserError(f"--dataset_name {name}: cannot be loaded: {reason}; {hint}")
 
 
-def unwritable(name: str, error: OSError) -> UserError:
-    cache = datasets.config.HF_DATASETS_CACHE
-    why = error.strerror or str(error)
-    return UserError(f"--dataset_name {name}: cannot be cached in {cache}: {why}; name another in HF_DATASETS_CACHE")
+def unwritable_cache(name: str, error: OSError) -> UserError:
+    cache, why = datasets.config.HF_DATASETS_CACHE, error.strerror or str(error)
+    hint = "set HF_DATASETS_CACHE to another directory"
+    return UserError(f"--dataset_name {name}: cannot be cached in {cache}: {why}; {hint}")
 
 
 def _first_bad_line(path: Path) -> str | None:
-    """Which line of a text file is at fault: datasets counts from 0 and within blocks, or does not say."""
+    """The number of the first line that cannot be read, and why; None if the file type has no lines or all are fine.
+
+    datasets counts lines from 0 and within blocks, or gives no number.
+    """
     if path.suffix not in (".json", ".jsonl", ".csv", ".txt") or not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -163,32 +179,38 @@ def _first_bad_line(path: Path) -> str | None:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = line[error.start]
-                return f"line {number}: byte 0x{byte:02x} is not UTF-8; convert the file to it"
+                return f"line {number}: byte 0x{byte:02x} is not UTF-8; convert the file to UTF-8"
             if path.suffix == ".jsonl" and text.strip():
                 try:
                     row = json.loads(text)
                 except ValueError as error:
                     return f"line {number}: {error.msg}, at character {error.pos + 1}"
                 if not isinstance(row, dict):
-                    return f"line {number}: holds a {type(row).__name__}, not an object with columns"
+                    return f"line {number}: holds a {type(row).__name__}, not an object whose keys are the columns"
     return None
 
 
 def _require_split(splits: Iterable[str], setting: str, split: str, name: str) -> None:
-    require(split in splits, setting, split, f"no such split in {name}; it has {', '.join(splits)}")
+    require(split in splits, setting, split, f"no such split: {name} has {', '.join(splits)}")
 
 
 def _renaming(columns: list[str], config: TrainConfig) -> dict[str, str]:
+    """`--rename_columns` as {old: new}. Raises UserError if there is no old column, or another new one already."""
     renamed = dict(pair.split("=", 1) for pair in config.rename_columns or ())
     for old, new in renamed.items():
         has = f"{config.dataset_name} has {', '.join(columns)}"
         require(old in columns, "rename_columns", f"{old}={new}", f"no column {old}: {has}")
-        require(new not in columns or new in renamed, "rename_columns", f"{old}={new}", f"{new} is taken: {has}")
+        require(
+            new not in columns or new in renamed,
+            "rename_columns",
+            f"{old}={new}",
+            f"there is a column {new} already: {has}",
+        )
     return renamed
 
 
 def _identity(name: str, train: Dataset | IterableDataset) -> str:
-    """Of a local source its bytes, of the hub's what datasets knows it by."""
+    """Hash of the bytes of a local source; for a hub name, the fingerprint that datasets computes."""
     path = dataset_dir(name) or Path(name)
     if not path.exists():
         return f"{name} {getattr(train, '_fingerprint', '')}"
@@ -201,7 +223,7 @@ def _identity(name: str, train: Dataset | IterableDataset) -> str:
 
 
 def peek(examples: Dataset | IterableDataset, name: str, count: int) -> list[dict]:
-    """The first examples, each as a dictionary. Raises UserError where there is none."""
+    """The first examples, up to `count`. Raises UserError if there are none."""
     batch = next(read_batches(examples, name, count), None)
     require(batch, "dataset_name", name, "holds no examples")
     return as_examples(batch)

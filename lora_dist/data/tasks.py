@@ -1,6 +1,8 @@
-"""The kinds of task, under PEFT's names: the model's class, what its labels are, and its loss.
+"""The kinds of task, under PEFT's names: each has its class of model, its labels and its loss.
 
-B, T, V: sequences, tokens, vocabulary or classes. L: labels of a row: T, or the length of a target, or the classes.
+B, T: sequences, tokens. V: the size of the vocabulary, or the number of classes. L: labels of a row. L is T for
+CAUSAL_LM and TOKEN_CLS, and the length of the target for SEQ_2_SEQ_LM. For SEQ_CLS it is 1, or V if a row may have
+several classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,20 +17,20 @@ from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
-CLASSIFIERS = ("classifier", "score")  # the heads of models with classes: trained whole, by PEFT itself
-IGNORE_INDEX = -100  # cross_entropy's default
+CLASSIFIER_HEADS = ("classifier", "score")  # names of a classifier's head in transformers; PEFT trains it whole
+IGNORE_INDEX = -100  # the label of what is not trained; cross_entropy's default
 
 
 @dataclass(frozen=True)
 class Task:
-    """Labels are int64 (B, L), IGNORE_INDEX where nothing is trained.
+    """A kind of task. Its labels are int64 (B, L), and IGNORE_INDEX for what is not trained.
 
-    CAUSAL_LM: token t + 1 at position t + 1, predicted at t. SEQ_2_SEQ_LM: the target's tokens. TOKEN_CLS: a class for
-    each token. SEQ_CLS: one class, or for several at once a 0 or 1 for each class.
+    CAUSAL_LM: label t is token t, and position t - 1 predicts it. SEQ_2_SEQ_LM: the tokens of the target. TOKEN_CLS:
+    the class number of each token. SEQ_CLS: one class number, or a 0 or 1 for each class if a row may have several.
     """
 
     name: str
-    what: str  # a model of it is called
+    model_kind: str  # what messages call a model for this task
     models: Mapping  # config class to model class
 
     @property
@@ -40,35 +42,39 @@ class Task:
         return self.name in ("CAUSAL_LM", "TOKEN_CLS")
 
     @property
-    def first(self) -> int:
-        """The first label that is predicted."""
+    def first_predicted(self) -> int:
+        """Index of the first label that the model predicts. CAUSAL_LM: no position predicts the first token."""
         return 1 if self.name == "CAUSAL_LM" else 0
 
-    def num_trained(self, labels_BL: torch.Tensor) -> int:
-        """What the loss is a mean over: predicted tokens or classes."""
-        return int((labels_BL[:, self.first :] != IGNORE_INDEX).sum())
+    def num_trained_tokens(self, labels_BL: torch.Tensor) -> int:
+        """Number of labels that the loss is a mean over. SEQ_CLS: rows, or rows x classes if a row may have several."""
+        return int((labels_BL[:, self.first_predicted :] != IGNORE_INDEX).sum())
 
-    def is_trained(self, labels: Sequence[int]) -> bool:
-        """Whether a row has anything to learn from."""
-        return any(label != IGNORE_INDEX for label in labels[self.first :])
+    def has_trained_tokens(self, labels: Sequence[int]) -> bool:
+        """True if a row with these L labels trains anything."""
+        return any(label != IGNORE_INDEX for label in labels[self.first_predicted :])
 
-    def exact(self, logits_BTV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        """Whether the highest logit is the label wherever a row is trained: bool (B,)."""
+    def exact_match(self, logits_BTV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        """True for each row in which the highest logit is the label at every trained position. Bool (B,)."""
         if self.name == "CAUSAL_LM":
             logits_BTV, labels_BL = logits_BTV[:, :-1], labels_BL[:, 1:]
         return ((logits_BTV.argmax(-1) == labels_BL) | (labels_BL == IGNORE_INDEX)).all(1)
 
     def num_correct(self, logits: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        """How many of what is trained the highest logit gets right; of several classes at once, how many decisions."""
+        """Number of trained labels that the highest logit gets right. Scalar int64.
+
+        SEQ_CLS if a row may have several classes: number of right decisions, where a positive logit means 1.
+        `logits`: (B, T, V), for SEQ_CLS (B, V).
+        """
         if self.name == "SEQ_CLS" and labels_BL.shape[1] > 1:
             return ((logits > 0) == labels_BL.bool())[labels_BL != IGNORE_INDEX].sum()
         if self.name == "CAUSAL_LM":
             logits, labels_BL = logits[:, :-1], labels_BL[:, 1:]
-        highest = logits.max(-1).indices  # not argmax, which on bf16 takes a CPU 6 times as long
+        highest = logits.max(-1).indices  # argmax takes 6 times as long for bf16 on a CPU
         return (highest.flatten() == labels_BL.flatten()).sum()
 
     def summed_loss(self, logits: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        """Cross entropy in fp32, summed over what is trained. `logits`: (B, T, V), of SEQ_CLS (B, V)."""
+        """Cross entropy in fp32, summed over the trained labels. Scalar. `logits`: (B, T, V), for SEQ_CLS (B, V)."""
         if self.name == "SEQ_CLS" and labels_BL.shape[1] > 1:
             trained_BL = labels_BL != IGNORE_INDEX
             target_BL = labels_BL.clamp(min=0).float()

@@ -1,10 +1,12 @@
-"""Makes the embedded base and quotes: `python -m lora_dist.embedded.build [OUTPUT_DIR]` (about 10 minutes on 2 cores).
+"""Makes what ships in this package: `python -m lora_dist.embedded.build [OUTPUT_DIR]` (about 10 minutes on 2 cores).
 
-1. quotes: 2,400 rows to train on and 200 held out, none in both, with english_quotes' columns; complaints: 400 and 100;
-2. a byte-level BPE tokenizer with OPT's special tokens (`</s>` opens every text, `<pad>` is 1);
-3. a 4-layer OPT, pretrained on generated prose and saved in fp16 safetensors, as facebook/opt-* are fp16.
+1. Quotes, with the columns of english_quotes: 2,400 to train on and 200 held out, none in both. Complaints, with the
+   columns of RAFT's tweet complaints: 400 and 100.
+2. A byte-level BPE tokenizer with OPT's special tokens (`</s>` opens every text, `<pad>` is 1).
+3. A 4-layer OPT. It is pretrained on generated prose, and saved as fp16 safetensors, because facebook/opt-* are fp16.
 
-The same seed on the same kind of machine gives the same bytes. Dropout stays 0 here, 0.1 in the saved config, as OPT's.
+The same seed on the same kind of machine gives the same bytes. Pretraining uses dropout 0; the saved config has OPT's
+0.1.
 """
 
 import json
@@ -34,7 +36,7 @@ def write_quotes(folder: Path) -> None:
         row = quote(rng)
         rows.setdefault(row["quote"], row)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
-    rng.shuffle(lines)  # the last rows found are rarer: spread them over both splits
+    rng.shuffle(lines)  # the quotes that were found last are rarer: spread them over both splits
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_QUOTES]) + "\n", encoding="utf-8")
     (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_QUOTES:]) + "\n", encoding="utf-8")
@@ -74,7 +76,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(model: OPTForCausalLM, tokens: torch.Tensor) -> None:
-    """`tokens`: one long int64 stream of documents, each opened by `</s>`."""
+    """Train the model in place. `tokens`: int64, all documents one after another, each opened by `</s>`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     generator = torch.Generator().manual_seed(SEED)
     for step in range(NUM_STEPS):
@@ -84,7 +86,7 @@ def pretrain(model: OPTForCausalLM, tokens: torch.Tensor) -> None:
         input_ids = torch.stack([tokens[s : s + SEQUENCE_TOKENS] for s in starts])
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=input_ids).logits
-        # Smoothing keeps the base from ruling words out: text of another style stays learnable, as for a large model.
+        # Label smoothing keeps the base from ruling words out, so that it can still learn another style of text.
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING
         )
@@ -103,9 +105,8 @@ def main(output_dir: Path) -> None:
     write_complaints(output_dir / "complaints")
     rng = random.Random(SEED + 1)
     documents = [prose(rng) for _ in range(NUM_DOCUMENTS)]
-    quote_rng = random.Random(
-        SEED + 2
-    )  # other quotes than the data set's, so that the tokenizer has met the style's words
+    # The tokenizer must know the words of quotes, but not from the data set's own: these are other quotes.
+    quote_rng = random.Random(SEED + 2)
     tokenizer = train_tokenizer(documents[:10_000] + [quote(quote_rng)["quote"] for _ in range(3_000)])
     tokens = torch.tensor([token for ids in tokenizer(documents)["input_ids"] for token in ids])
     print(f"{len(tokens)} tokens of prose")

@@ -1,11 +1,11 @@
-"""Classes: of a text, several of a text, of words; and targets of a sequence-to-sequence model."""
+"""Labels of classifiers: one class per text, several per text, one per word; and sequence-to-sequence targets."""
 
 import dataclasses
 
 import datasets
 import pytest
 
-from lora_dist.data.classes import number_classes
+from lora_dist.data.classes import name_classes
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.rows import prepare_rows
 from lora_dist.data.tasks import IGNORE_INDEX
@@ -32,14 +32,14 @@ def labels(rows) -> list[list[int]]:
     return [row["labels"].tolist() for row in rows]
 
 
-def test_one_class_of_each_text(prepare):
+def test_one_class_per_text(prepare):
     data = prepare({"text": ["a", "b", "c"], "label": ["late", "broken", "late"]})
     assert data.classes == ["broken", "late"] and labels(data.train) == [[1], [0], [1]]
     assert data.train[0]["input_ids"].tolist() == TOKENIZER("a")["input_ids"]
-    assert data.counts["train"].trained == 3
+    assert data.counts["train"].trained_tokens == 3
 
 
-def test_numbers_are_classes_too(prepare):
+def test_classes_may_be_numbers(prepare):
     data = prepare({"text": ["a", "b", "c"], "label": [5, 3, 5]})
     assert data.classes == ["3", "5"] and labels(data.train) == [[1], [0], [1]]
 
@@ -48,12 +48,12 @@ def test_classes_that_the_data_set_lists_keep_their_numbers(prepare):
     features = datasets.Features({"text": datasets.Value("string"), "label": NAMES})
     data = prepare({"text": ["a", "b", "c"], "label": [2, 0, -1]}, features=features)
     assert data.classes == ["no", "yes", "maybe"]
-    assert labels(data.train) == [[2], [0]] and data.counts["train"].untrained == 1  # -1 says unknown
+    assert labels(data.train) == [[2], [0]] and data.counts["train"].without_trained_tokens == 1  # -1 means unknown
     with pytest.raises(UserError, match="--num_labels 2: has no effect: .* lists the classes of label itself"):
         prepare({"text": ["a", "b", "c"], "label": [2, 0, -1]}, features=features, num_labels=2)
 
 
-def test_several_classes_of_each_text(prepare):
+def test_several_classes_per_text(prepare):
     tags = [["sea", "hope"], [], ["hope", "time"], ["sea", "hope"]]
     data = prepare({"text": ["a", "b", "c", "d"], "label": tags})
     assert data.classes == ["hope", "sea", "time"]
@@ -62,16 +62,14 @@ def test_several_classes_of_each_text(prepare):
     assert frequent.classes == ["hope", "sea"] and labels(frequent.train) == [[1, 1], [0, 0], [1, 0], [1, 1]]
 
 
-def test_a_class_that_only_the_held_out_rows_have_is_not_guessed(prepare):
+def test_a_class_that_only_held_out_examples_have_is_left_out(prepare):
     data = prepare({"text": ["a", "b"], "label": ["x", "y"]}, {"text": ["c", "d"], "label": ["z", "y"]})
-    assert labels(data.held_out) == [[1]] and data.counts["held-out"].untrained == 1
+    assert labels(data.held_out) == [[1]] and data.counts["held-out"].without_trained_tokens == 1
 
 
-def test_a_words_class_is_its_first_tokens(prepare):
+def test_the_class_of_a_word_is_the_label_of_its_first_token(prepare):
     words = [["The", "lighthouses", "of"], ["patience"]]
-    data = prepare(
-        {"text": words, "label": [["o", "thing", "o"], ["thing"]]}, task_type="TOKEN_CLS", max_length=64
-    )  # fmt: skip
+    data = prepare({"text": words, "label": [["o", "thing", "o"], ["thing"]]}, task_type="TOKEN_CLS", max_length=64)
     row = data.train[0]
     encoded = TOKENIZER([words[0]], is_split_into_words=True)
     assert row["input_ids"].tolist() == encoded["input_ids"][0]
@@ -81,10 +79,10 @@ def test_a_words_class_is_its_first_tokens(prepare):
         expected.append([0, 1, 0][word] if first else IGNORE_INDEX)
         seen.add(word)
     assert row["labels"].tolist() == expected and sum(label != IGNORE_INDEX for label in expected) == 3
-    assert IGNORE_INDEX in expected[2:]  # a word of several tokens is among them
+    assert IGNORE_INDEX in expected[2:]  # one of the words has several tokens
 
 
-def test_labels_are_cut_off_with_their_tokens(prepare):
+def test_labels_of_tokens_are_truncated_with_the_tokens(prepare):
     long = {"text": [["word"] * 40], "label": [["o", "thing"] * 20]}
     data = prepare(long, task_type="TOKEN_CLS", max_length=10)
     assert len(data.train[0]["input_ids"]) == len(data.train[0]["labels"]) == 10
@@ -92,7 +90,7 @@ def test_labels_are_cut_off_with_their_tokens(prepare):
     assert text.train.lengths.tolist()[0] == 10 and labels(text.train) == [[0], [1]]
 
 
-def test_a_target_is_closed_by_eos(prepare):
+def test_a_target_ends_with_eos(prepare):
     settings = {"task_type": "SEQ_2_SEQ_LM", "dataset_label_field": None}
     data = prepare({"prompt": ["name it"], "completion": ["a lamp"]}, **settings)
     row = data.train[0]
@@ -100,20 +98,28 @@ def test_a_target_is_closed_by_eos(prepare):
     assert row["labels"].tolist() == [*TOKENIZER("a lamp")["input_ids"], TOKENIZER.eos_token_id]
 
 
-def test_number_classes_of_nested_lists_of_names():
+def test_name_classes_of_a_column_of_listed_classes():
     features = datasets.Features({"tags": datasets.List(NAMES)})
     table = datasets.Dataset.from_dict({"tags": [[0, 2]]}, features=features)
-    assert number_classes(table, "tags", None) == {0: "no", 1: "yes", 2: "maybe"}
+    assert name_classes(table, "tags", None) == {0: "no", 1: "yes", 2: "maybe"}
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
-        ({"packing": True}, "--packing True: cannot be had with --task_type SEQ_CLS"),
-        ({"overlong_rows": "split"}, "--overlong_rows split: cannot be had with --task_type SEQ_CLS; truncate or drop"),
-        ({"sample_prompt": "a"}, "--sample_prompt a: only CAUSAL_LM completes a prompt"),
+        ({"packing": True}, "--packing True: is not supported with --task_type SEQ_CLS; give --packing false"),
+        ({"overlong_rows": "split"}, "split: is not supported with --task_type SEQ_CLS; use truncate or drop"),
+        ({"sample_prompt": "a"}, "a: is not supported with --task_type SEQ_CLS; give --sample_prompt ''"),
+        ({"streaming": True}, "--streaming True: is not supported with --task_type SEQ_CLS, which counts the classes"),
+        ({"dataset_label_field": None}, "--task_type SEQ_CLS: needs --dataset_label_field COLUMN"),
     ],
 )
-def test_what_classes_cannot_have(prepare, settings, words):
-    with pytest.raises(UserError, match=words):
+def test_settings_that_a_classifier_does_not_support_are_refused(prepare, settings, message):
+    with pytest.raises(UserError, match=message):
         prepare({"text": ["a", "b"], "label": ["x", "y"]}, **settings)
+
+
+def test_a_recipe_that_makes_prompts_is_refused_for_classes(config):
+    settings = {"task_type": "SEQ_CLS", "dataset_label_field": "tags"}
+    with pytest.raises(UserError, match="--task_type SEQ_CLS: is not supported by this recipe, .*quotes_tags.py"):
+        prepare_rows(dataclasses.replace(config, **settings), TOKENIZER, lambda example: example)

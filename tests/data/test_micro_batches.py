@@ -1,4 +1,4 @@
-"""A micro-batch is a pure function of (seed, step, index), packing, grouping and streaming included."""
+"""A micro-batch is a pure function of (seed, step, index), also with packing, grouping and streaming."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.parallel.exact_sum import block
 from tests.helpers.parity import batch_of, rows_of
 
-ROWS = rows_of([[2, 10 + i] + [5] * (i % 4) for i in range(23)])  # token 1 names the row
+ROWS = rows_of([[2, 10 + i] + [5] * (i % 4) for i in range(23)])  # the second token tells which row it is
 ORDERS = {"random": {}, "packed": {"pack_to": 9}, "grouped": {"group_by_length": True}}
 
 
@@ -48,7 +48,7 @@ def test_a_micro_batch_is_a_function_of_seed_step_and_index(order, stream):
         new = lambda seed=3: micro_batches(seed=seed, **ORDERS[order])  # noqa: E731
     one, other = new(), new()
     keys = [(step, index) for step in range(9) for index in range(4)]
-    backwards = {key: other(*key) for key in reversed(keys)}  # asked in another order
+    backwards = {key: other(*key) for key in reversed(keys)}  # made in another order
     assert all(same(one(*key), backwards[key]) for key in keys)
     assert new(seed=4).row_ids(0, 0) != one.row_ids(0, 0)
 
@@ -66,34 +66,34 @@ def test_any_number_of_ranks_sees_the_same_micro_batches(num_ranks, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_row_comes_once_an_epoch(order):
+def test_every_row_comes_once_per_epoch(order):
     batches = micro_batches(**ORDERS[order])
-    steps = range(-(-4 * batches.per_epoch // 8))
+    steps = range(-(-4 * batches.sequences_per_epoch // 8))
     stream = [sequence for step in steps for index in range(4) for sequence in batches.row_ids(step, index)]
-    starts = range(0, 4 * batches.per_epoch, batches.per_epoch)
-    epochs = [flat(stream[start : start + batches.per_epoch]) for start in starts]
+    starts = range(0, 4 * batches.sequences_per_epoch, batches.sequences_per_epoch)
+    epochs = [flat(stream[start : start + batches.sequences_per_epoch]) for start in starts]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_last_step_of_the_last_epoch_neither_repeats_nor_drops(order):
+def test_the_last_step_of_the_last_epoch_repeats_and_drops_no_row(order):
     batches = micro_batches(num_epochs=2, **ORDERS[order])
-    assert batches.num_steps == -(-2 * batches.per_epoch // 8)
+    assert batches.num_steps == -(-2 * batches.sequences_per_epoch // 8)
     steps = range(batches.num_steps)
     rows = flat(sequence for step in steps for index in range(4) for sequence in batches.row_ids(step, index))
     assert sorted(rows) == sorted([*range(23), *range(23)])
-    beyond = batches(batches.num_steps, 0)  # a place that is not filled trains nothing
-    assert batches.row_ids(batches.num_steps, 0) == [] and beyond.num_trained == 0
+    beyond = batches(batches.num_steps, 0)  # after the end of the data: a row that trains nothing
+    assert batches.row_ids(batches.num_steps, 0) == [] and beyond.num_trained_tokens == 0
     assert beyond.packed == (order == "packed")
 
 
 def test_a_part_of_an_epoch():
     batches = micro_batches(num_epochs=0.5)
-    assert batches.num_steps == 2  # 12 of 23 rows, 8 a step
+    assert batches.num_steps == 2  # 12 of 23 rows, 8 per step
 
 
-def test_a_stream_gives_each_row_once_a_pass(stream):
+def test_a_stream_gives_each_row_once_per_pass(stream):
     batches = MicroBatches(stream, pad_token_id=1, seed=3, sequences=10, per_step=1)
     assert len(list(stream)) == 200
     first, second = (
@@ -104,7 +104,7 @@ def test_a_stream_gives_each_row_once_a_pass(stream):
     assert first == second == sorted(str(ids) for ids, _ in stream)
 
 
-def test_a_stream_as_large_as_a_window_gives_the_micro_batches_of_the_rows_in_memory(config):
+def test_a_stream_that_fits_into_a_window_gives_the_same_micro_batches_as_rows(config):
     config = dataclasses.replace(config, max_length=256)
     rows = prepare_rows(config, load_tokenizer("embedded"))
     streamed = prepare_rows(dataclasses.replace(config, streaming=True), load_tokenizer("embedded"))
@@ -114,7 +114,7 @@ def test_a_stream_as_large_as_a_window_gives_the_micro_batches_of_the_rows_in_me
 
 
 def test_grouped_rows_of_a_step_are_of_similar_length(config):
-    """About as little padding as sorted rows would have, in an order that is not sorted."""
+    """Padding is nearly as low as for sorted rows, but the steps are not in the order of their lengths."""
     rows = prepare_rows(config, load_tokenizer("embedded")).train
 
     def padding(**kwargs):
@@ -135,7 +135,9 @@ def test_packing_fills_the_rows_of_the_quotes(config):
     assert sum(b.num_tokens for b in made) == rows.lengths.sum()
     assert sum(b.num_tokens for b in made) / (512 * len(made)) >= 0.97
     assert max(b.input_ids_BT.shape[1] for b in made) <= 512
-    assert sum(b.num_trained for b in made) == (rows.lengths - 1).sum()  # as unpacked: none is lost at a border
+    assert (
+        sum(b.num_trained_tokens for b in made) == (rows.lengths - 1).sum()
+    )  # as without packing: none is lost between documents
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -146,7 +148,7 @@ def test_best_fit_decreasing(seed):
     assert sorted(flat(packed)) == list(range(200))
     used = [lengths[row].sum() for row in packed]
     assert max(used) <= 40
-    # Against the definition, one document after another, looking at every row.
+    # Compare with the definition: one document after another looks at every row.
     room = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, left in enumerate(room) if left >= length]
@@ -157,10 +159,10 @@ def test_best_fit_decreasing(seed):
     assert sorted(40 - left for left in room) == sorted(used)
 
 
-def test_a_row_of_documents():
+def test_join_packs_documents_into_a_row():
     row = join([{"input_ids": [2, 7, 8], "labels": [2, 7, 8]}, {"input_ids": [2, 9], "labels": [IGNORE_INDEX, 9]}])
     batch = collate([row, join([{"input_ids": [2, 7], "labels": [2, 7]}])], pad_token_id=1)
-    assert batch.packed and (batch.num_trained, batch.num_tokens) == (2 + 1 + 1, 7)
+    assert batch.packed and (batch.num_trained_tokens, batch.num_tokens) == (2 + 1 + 1, 7)
     assert batch.input_ids_BT.tolist() == [[2, 7, 8, 2, 9], [2, 7, 1, 1, 1]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]]
     ignored = IGNORE_INDEX
@@ -170,37 +172,37 @@ def test_a_row_of_documents():
     assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
 
 
-def test_collate_pads_right_and_trains_no_padding():
+def test_collate_pads_on_the_right_and_does_not_train_padding():
     batch = batch_of([[2, 7, 8, 9], [2, 7]], pad_token_id=1)
     assert batch.input_ids_BT.tolist() == [[2, 7, 8, 9], [2, 7, 1, 1]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels_BL.tolist() == [[2, 7, 8, 9], [2, 7, IGNORE_INDEX, IGNORE_INDEX]]
-    assert (batch.num_trained, batch.num_tokens) == (4, 6)  # the first token of a row is predicted by none
-    assert batch.first().labels_BL.tolist() == [[2, 7, 8, 9]]
+    assert (batch.num_trained_tokens, batch.num_tokens) == (4, 6)  # no token predicts the first one of a row
+    assert batch.first_row().labels_BL.tolist() == [[2, 7, 8, 9]]
 
 
-@pytest.mark.parametrize("turns", [[0, 1, 2, 3], [2, 3, 3]])
-def test_prefetching_changes_nothing_and_works_ahead(turns):
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [2, 3, 3]])
+def test_prefetch_gives_the_same_micro_batches_and_makes_them_ahead(indices):
     made = []
 
-    class Watched(MicroBatches):
+    class Recorded(MicroBatches):
         def __call__(self, step, index):
             made.append((step, index))
             return super().__call__(step, index)
 
-    watched, plain = Watched(ROWS, pad_token_id=1, seed=3, sequences=2, per_step=4), micro_batches()
-    read = Prefetch(watched, turns, torch.device("cpu"))
+    recorded, plain = Recorded(ROWS, pad_token_id=1, seed=3, sequences=2, per_step=4), micro_batches()
+    read = Prefetch(recorded, indices, torch.device("cpu"))
     for step in range(3):
-        for turn, index in enumerate(turns):
-            assert same(read(step, turn), plain(step, index))
+        for position, index in enumerate(indices):
+            assert same(read(step, position), plain(step, index))
     read._thread.shutdown()
-    assert (
-        made == [(step, index) for step in range(5) for index in turns][: 3 * len(turns) + micro_batches_module.AHEAD]
-    )
-    assert same(Prefetch(watched, turns, torch.device("cpu"))(7, 1), plain(7, turns[1]))  # begun in the middle
+    in_order = [(step, index) for step in range(5) for index in indices]
+    assert made == in_order[: 3 * len(indices) + micro_batches_module.NUM_PREFETCHED]
+    resumed = Prefetch(recorded, indices, torch.device("cpu"))
+    assert same(resumed(7, 1), plain(7, indices[1]))
 
 
-def test_what_goes_wrong_in_the_thread_is_raised():
+def test_an_error_in_the_thread_is_raised():
     class Broken(MicroBatches):
         def __call__(self, step, index):
             raise OSError("disk")
@@ -211,7 +213,7 @@ def test_what_goes_wrong_in_the_thread_is_raised():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_ambient_random_state_is_left_alone(order):
+def test_the_global_random_state_does_not_change(order):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     micro_batches(**ORDERS[order])(3, 2)

@@ -1,4 +1,4 @@
-"""Documents packed into a row: every family computes the logits and the gradient of the documents alone."""
+"""Documents packed into a row: every model family gives them the logits and gradients that they have alone."""
 
 import dataclasses
 from itertools import pairwise
@@ -25,7 +25,7 @@ FAMILIES = [family for family in CONFIGS if not family.endswith("tied")]
 
 
 def _logits_and_gradients(model, batches):
-    """Logits of all tokens in order, and the gradients of the summed loss."""
+    """(logits of all tokens in order, summed loss, its gradients)."""
     logits, loss = [], 0
     for batch in batches:
         logits.append(probe_logits(model, batch, torch.no_grad)[batch.attention_mask_BT > 0])
@@ -52,14 +52,14 @@ def test_packed_equals_unpacked(config, tmp_path, family):
     assert packed_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     for mine, theirs in zip(packed_gradients, gradients, strict=True):
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
-    joined = batch_of([sum(DOCUMENTS[:4], [])])  # without a mask they do see each other
+    joined = batch_of([sum(DOCUMENTS[:4], [])])  # without the mask the documents see each other
     naive = probe_logits(model, joined, torch.no_grad)[0]
     assert (naive - logits[: len(naive)]).abs().max() > 0.1 * logits.std()
     check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
 
 
-def test_a_model_that_takes_no_such_mask_is_refused(config, tmp_path, monkeypatch):
-    """Falcon with attention biases."""
+def test_a_model_that_does_not_accept_the_mask_is_refused(config, tmp_path, monkeypatch):
+    """Falcon with ALiBi."""
     falcon = FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True)
     monkeypatch.setitem(CONFIGS, "falcon_alibi", falcon)
     path = make_checkpoint("falcon_alibi", tmp_path)
@@ -78,7 +78,7 @@ def _refused_on_rank(rank, config, path):
         return str(error)
 
 
-def test_a_leak_is_found(config, tmp_path, monkeypatch):
+def test_documents_that_see_each_other_are_found(config, tmp_path, monkeypatch):
     model = add_adapters(load_placed(Placement(), "int8", torch.float32), config)
     check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
     monkeypatch.setattr(
@@ -89,7 +89,7 @@ def test_a_leak_is_found(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = torch.arange(24)[None]
     monkeypatch.setattr("lora_dist.data.packing.positions_in_documents", lambda documents: whole)
-    with pytest.raises(UserError, match="see each other"):  # positions that go on are told too
+    with pytest.raises(UserError, match="see each other"):  # position ids that do not start again
         check_isolation(model, torch.tensor(DOCUMENTS[0]), torch.no_grad)
 
 
@@ -101,8 +101,8 @@ def test_a_sliding_window_shorter_than_the_rows_is_refused(config, tmp_path, mon
         check_packing(model, dataclasses.replace(config, max_length=64))
 
 
-def test_a_document_starts_where_the_last_one_ended():
-    """The rows of a packed batch hold the documents, none twice, with their own labels."""
+def test_packed_rows_hold_every_document_once():
+    """Documents follow each other without gaps, and `attention_mask` numbers them in order."""
     batches = MicroBatches(
         rows_of(DOCUMENTS), pad_token_id=1, seed=0, sequences=2, per_step=1, pack_to=30, num_epochs=1
     )

@@ -1,4 +1,4 @@
-"""Data to rows: read, checked, tokenized once, kept whole."""
+"""From a data set to rows: read, checked, tokenized once, and cached only when complete."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import datasets
 import pytest
 
 from lora_dist.data import rows as rows_module
+from lora_dist.data.encode import cut
 from lora_dist.data.formats import load_tokenizer
-from lora_dist.data.rows import Rows, cut, prepare_rows
+from lora_dist.data.rows import Rows, prepare_rows
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import QUOTES_DIR
 from lora_dist.errors import UserError
@@ -23,7 +24,7 @@ TOKENIZER = load_tokenizer("embedded")
 
 @pytest.fixture
 def prepare(config, tmp_path, monkeypatch):
-    """prepare_rows on what is given as a file's text, or on a name, with a cache of its own."""
+    """Call prepare_rows on a list of examples, the text of a file or a name, with a cache of the test's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def prepare(data, suffix=".jsonl", **settings):
@@ -69,7 +70,7 @@ def test_sources(prepare, tmp_path, source):
     assert data.train[3]["labels"].tolist() == data.train[3]["input_ids"].tolist()
 
 
-def test_rows_are_held_out_of_data_without_a_test_split(prepare):
+def test_a_fraction_is_held_out_if_there_is_no_test_split(prepare):
     first = prepare(EXAMPLES, eval_fraction=0.25)
     assert len(first.held_out) == 10
     assert sorted(texts(first.train) + texts(first.held_out)) == sorted(example["text"] for example in EXAMPLES)
@@ -82,67 +83,65 @@ def test_splits_by_name(prepare):
     assert (len(data.train), len(data.held_out)) == (200, 2400)
 
 
-def test_columns_under_other_names(prepare):
+def test_columns_are_renamed(prepare):
     examples = [{"question": "a?", "answer": " b"}, {"question": "c?", "answer": " d"}]
     data = prepare(examples, rename_columns=["question=prompt", "answer=completion"])
     assert data.format == "prompt_completion" and texts(data.train) == ["a? b", "c? d"]
 
 
-def test_what_is_odd_is_counted_and_left_out(prepare):
+def test_problems_in_the_data_are_counted(prepare):
     examples = [
         {"text": text} for text in ["fine", "", "  \n", "fine", "with \0 in it", "caf\ufffd", "long " * 30, None]
     ]
     data = prepare(examples, max_length=16)
     counts = data.counts["train"]
     assert (counts.examples, counts.rows, counts.empty, counts.overlong) == (8, 5, 3, 1)
-    assert (counts.repeated, counts.odd, counts.untrained) == (1, 2, 0)
-    assert counts.tokens == data.train.lengths.sum() and counts.trained == counts.tokens - counts.rows
+    assert (counts.repeated, counts.with_bad_characters, counts.without_trained_tokens) == (1, 2, 0)
+    assert counts.tokens == data.train.lengths.sum() and counts.trained_tokens == counts.tokens - counts.rows
     printed = data.table()
     assert printed.count("warning: ") == len(data.warnings()) == 4
     assert "warning: 1 of 8 train examples are longer than --max_length 16: cut off" in printed
-    with pytest.raises(UserError, match=r"--strict True: the data would be warned of: 3 of 8 train examples are empty"):
+    with pytest.raises(UserError, match=r"--strict True: the data causes warnings: 3 of 8 train examples are empty"):
         prepare(examples, max_length=16, strict=True)
     assert prepare([{"text": "fine"}, {"text": "too"}], strict=True).warnings() == []
 
 
-def test_held_out_examples_that_are_trained_on_are_counted(prepare, tmp_path):
+def test_held_out_examples_that_are_also_training_examples_are_counted(prepare, tmp_path):
     train = datasets.Dataset.from_list(EXAMPLES)
     datasets.DatasetDict(train=train, test=train.select(range(5, 8))).save_to_disk(tmp_path / "both")
-    assert prepare(str(tmp_path / "both")).warnings() == ["3 held-out examples are trained on too"]
+    assert prepare(str(tmp_path / "both")).warnings() == ["3 held-out examples are also training examples"]
 
 
 @pytest.mark.parametrize(
     "overlong_rows, expected", [("truncate", [[2, 3, 4]]), ("split", [[2, 3, 4], [5, 6, 7], [8]]), ("drop", [])]
 )
-def test_overlong_rows(overlong_rows, expected):
+def test_cut(overlong_rows, expected):
     ids = list(range(2, 9))
-    assert cut(ids, ids, 3, overlong_rows) == [(piece, piece) for piece in expected]
+    assert cut(ids, ids, 3, overlong_rows) == [(part, part) for part in expected]
     assert cut(ids, ids, 7, overlong_rows) == [(ids, ids)]
 
 
-def test_overlong_rows_of_the_data(prepare):
+def test_overlong_rows_are_cut(prepare):
     long = {"text": "a lamp and a bell and a boat"}
     length = prepare([long]).train.lengths[0]
     for overlong_rows, rows, tokens in (("truncate", 1, 5), ("split", 2, length), ("drop", 0, 0)):
         data = prepare([long, {"text": "."}], max_length=5, overlong_rows=overlong_rows)
-        kept = [
-            row for row in data.train if len(row["input_ids"]) > 3 or TOKENIZER.decode(row["input_ids"]) != "</s>.</s>"
-        ]
+        kept = [row for row in data.train if TOKENIZER.decode(row["input_ids"]) != "</s>.</s>"]
         assert (len(kept), sum(len(row["input_ids"]) for row in kept)) == (rows, tokens)
 
 
-def test_a_row_whose_completion_is_cut_off_is_left_out(prepare):
+def test_an_example_is_left_out_if_its_completion_is_cut_off(prepare):
     examples = [{"prompt": "a long prompt " * 9, "completion": "b"}, {"prompt": "c", "completion": "d"}]
     unanswered = {"prompt": "c", "completion": " "}
     counts = prepare([*examples, unanswered], max_length=16).counts["train"]
-    assert (counts.untrained, counts.overlong, counts.rows, counts.empty) == (1, 1, 1, 1)
+    assert (counts.without_trained_tokens, counts.overlong, counts.rows, counts.empty) == (1, 1, 1, 1)
     with pytest.raises(UserError, match="has no text to train on: .*1 of 2 train examples have no token to train on"):
         prepare(examples[:1] + [{"prompt": "", "completion": ""}], max_length=16)
 
 
 def test_a_second_start_reads_the_cache(prepare, monkeypatch):
     first = prepare(EXAMPLES)
-    monkeypatch.setattr(rows_module, "encode", None)  # not needed
+    monkeypatch.setattr(rows_module, "encode", None)  # calling it would fail
     assert texts(prepare(EXAMPLES).train) == texts(first.train)
     assert prepare(EXAMPLES).counts == first.counts
 
@@ -151,7 +150,7 @@ def test_a_second_start_reads_the_cache(prepare, monkeypatch):
     "change",
     [{"max_length": 3}, {"overlong_rows": "drop"}, {"seed": 1, "eval_fraction": 0.1}, {"dataset_text_field": "id2"}],
 )
-def test_other_settings_or_content_are_not_taken_from_the_cache(prepare, change):
+def test_other_settings_or_other_content_are_not_read_from_the_cache(prepare, change):
     examples = [example | {"id2": f"other {example['id']}"} for example in EXAMPLES]
     prepare(examples)
     prepare(examples, **change)
@@ -181,7 +180,7 @@ def start(tmp_path, seconds):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_kill_while_tokenizing_leaves_nothing_that_is_taken_for_whole(tmp_path):
+def test_a_kill_while_tokenizing_leaves_nothing_that_looks_complete(tmp_path):
     killed = start(tmp_path, 30)
     assert killed.stdout.readline() == "encoding\n"
     killed.send_signal(signal.SIGKILL)
@@ -192,24 +191,29 @@ def test_a_kill_while_tokenizing_leaves_nothing_that_is_taken_for_whole(tmp_path
     assert not list(tmp_path.glob("lora-dist-rows/*.partial"))
 
 
-def test_of_two_processes_one_tokenizes(tmp_path):
+def test_only_one_of_two_processes_tokenizes(tmp_path):
     processes = [start(tmp_path, 0.5) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [output[-1] for output in outputs] == ["2280", "2280"]
-    assert sorted(output.count("encoding") for output in outputs) == [0, 4]  # 3 blocks to train on, one held out
+    assert sorted(output.count("encoding") for output in outputs) == [
+        0,
+        4,
+    ]  # 3 batches of training examples, one held out
 
 
 @pytest.mark.parametrize("source", ["file", "saved"])
-def test_a_cache_that_cannot_be_written_is_named(prepare, tmp_path, monkeypatch, source):
-    """By datasets, of a file, or by us, of what is mapped from where it is."""
+def test_the_error_names_a_cache_that_cannot_be_written(prepare, tmp_path, monkeypatch, source):
+    """datasets writes the cache of a file first; a saved data set needs only our own."""
     datasets.Dataset.from_list(EXAMPLES).save_to_disk(tmp_path / "saved")
-    (tmp_path / "taken").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "taken")
-    with pytest.raises(UserError, match=r"cannot be cached in .*taken: .*; name another in HF_DATASETS_CACHE"):
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a-file")
+    with pytest.raises(
+        UserError, match=r"cannot be cached in .*a-file: .*; set HF_DATASETS_CACHE to another directory"
+    ):
         prepare(EXAMPLES if source == "file" else str(tmp_path / "saved"))
 
 
-def test_doctor_prints_the_table_and_marks_what_is_trained(tmp_path):
+def test_doctor_prints_the_table_and_marks_the_trained_tokens(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(
         '{"prompt": "a?", "completion": " b"}\n{"prompt": "c?", "completion": " d"}\n{"prompt": "", "completion": ""}'
@@ -229,22 +233,22 @@ def test_doctor_prints_the_table_and_marks_what_is_trained(tmp_path):
     )
 
 
-def test_rows_of_lists():
+def test_rows_in_memory():
     rows = Rows.of([([2, 5, 6], [IGNORE_INDEX, 5, 6]), ([2, 7], [2, 7])])
     assert len(rows) == 2 and rows.lengths.tolist() == [3, 2] and rows[0]["labels"].tolist() == [IGNORE_INDEX, 5, 6]
     assert len(Rows.of([])) == 0
 
 
-def as_pair(example: dict) -> dict:
+def as_prompt(example: dict) -> dict:
     return {"prompt": example["text"] + ":", "completion": f" {example['id']}"}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_examples_are_made_into_others_as_they_are_read(config, tmp_path, streaming):
+def test_a_transform_changes_the_examples_as_they_are_read(config, tmp_path, streaming):
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     settings = {"dataset_name": str(tmp_path / "d.jsonl"), "dataset_text_field": None, "eval_fraction": 0.0}
     config = dataclasses.replace(config, streaming=streaming, **settings)
-    data = prepare_rows(config, TOKENIZER, as_pair)
+    data = prepare_rows(config, TOKENIZER, as_prompt)
     rows = list(data.train) if streaming else [(row["input_ids"], row["labels"]) for row in data.train]
     assert data.format == "prompt_completion" and len(rows) == 40
     assert TOKENIZER.decode(rows[7][0]) == "</s>row 7: 7</s>" and rows[7][1][0] == IGNORE_INDEX

@@ -19,10 +19,10 @@ from lora_dist.data.micro_batches import MicroBatches, collate
 from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import add_adapters, fingerprint, is_trained, save_adapter, trainable_parameters
+from lora_dist.model.adapters import add_adapters, fingerprint, is_trained_parameter, save_adapter, trainable_parameters
 from lora_dist.model.load import load_base, meta_model
 from lora_dist.model.memory import base_bytes
-from lora_dist.model.quantize_model import quantized_share
+from lora_dist.model.quantize_model import quantized_fraction
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.evaluation import evaluate, held_out_labels, predict
 from lora_dist.training.step import train_step
@@ -32,7 +32,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import start_run
 
 CLASSES = ["one", "two", "three", "four", "five"]
-# Labels of a row of so many tokens.
+# Labels of row number `row`, which has `length` tokens.
 LABELS = {
     "SEQ_CLS": lambda row, length: [row % 5],
     "several of SEQ_CLS": lambda row, length: [int(row % (number + 2) == 0) for number in range(5)],
@@ -50,7 +50,7 @@ def make_rows(kind) -> Rows:
 
 def make_base(kind, folder):
     if kind != "SEQ_2_SEQ_LM":
-        return make_checkpoint("llama", folder)  # without a head for classes
+        return make_checkpoint("llama", folder)  # a causal language model: the classifier's head is new
     torch.manual_seed(0)
     t5 = T5Config(
         vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -64,7 +64,7 @@ def make_model(config, path, placement, dtype=torch.float32):
     task = TASKS[config.task_type]
     return load_base(
         str(path), quantization=config.quantization, dtype=dtype, device=CPU, placement=placement, task=task,
-        classes=CLASSES if task.has_classes else None, is_trained=partial(is_trained, config),
+        classes=CLASSES if task.has_classes else None, will_be_trained=partial(is_trained_parameter, config),
     )  # fmt: skip
 
 
@@ -72,8 +72,8 @@ def _train_on_rank(rank, config, kind, path, placement, folder):
     model = make_model(config, path, placement)
     base, task = base_bytes(model), TASKS[config.task_type]
     if placement.shard_ranks > 1 and not placement.zero_stage:
-        assert all(isinstance(p, DTensor) != is_trained(config, name) for name, p in model.named_parameters())
-        assert base.quantized_per_rank < 1.1 * base.quantized_total / placement.shard_ranks
+        assert all(isinstance(p, DTensor) != is_trained_parameter(config, name) for name, p in model.named_parameters())
+        assert base.quantized_held < 1.1 * base.quantized_total / placement.shard_ranks
     model.config.pad_token_id = 0
     model = add_adapters(model, config)
     batches = MicroBatches(make_rows(kind), pad_token_id=0, seed=0, sequences=3, per_step=4, task=task, num_epochs=1)
@@ -94,10 +94,10 @@ def test_one_adapter_on_any_number_of_ranks(config, tmp_path, kind):
     )  # fmt: skip
     path = make_base(kind, tmp_path)
     (one,) = run_ranks(_train_on_rank, 1, config, kind, path, Placement(), tmp_path / "adapter")
-    places = [(2, Placement()), (2, Placement(2)), (3, Placement(3))]
-    if kind == "SEQ_2_SEQ_LM":  # ZeRO-3 trains no module whole
-        places.append((2, Placement(2, deepspeed=zero(3))))
-    for num_ranks, placement in places:
+    placements = [(2, Placement()), (2, Placement(2)), (3, Placement(3))]
+    if kind == "SEQ_2_SEQ_LM":  # not for classifiers: ZeRO-3 does not support a head that is trained whole
+        placements.append((2, Placement(2, deepspeed=zero(3))))
+    for num_ranks, placement in placements:
         ranks = run_ranks(_train_on_rank, num_ranks, config, kind, path, placement, None)
         assert ranks == [one] * num_ranks
     _, steps, _, predictions = one
@@ -106,7 +106,7 @@ def test_one_adapter_on_any_number_of_ranks(config, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
-    """The saved adapter on transformers' own model, through its own forward."""
+    """Load the saved adapter into transformers' own model and compute the loss with its own forward."""
     config = dataclasses.replace(
         config, task_type=kind.removeprefix("several of "), quantization="none", learning_rate=5e-3, warmup_steps=0,
         lora_target_modules=["q", "v"] if kind == "SEQ_2_SEQ_LM" else ["q_proj", "v_proj"],
@@ -132,11 +132,11 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
             model.config.problem_type, labels = "single_label_classification", labels[:, 0]
         with torch.no_grad():
             out = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels)
-        total, num_trained = total + out.loss.item() * batch.num_trained, num_trained + batch.num_trained
+        total, num_trained = total + out.loss.item() * batch.num_trained_tokens, num_trained + batch.num_trained_tokens
         correct += int(((out.logits > 0) if kind.startswith("several") else out.logits.argmax(-1)).eq(labels).sum())
         if kind.endswith("SEQ_CLS"):
             assert torch.allclose(out.logits[0], torch.tensor(predictions[i]), atol=1e-5)
-        elif kind == "SEQ_2_SEQ_LM":  # right where greedy decoding writes the target
+        elif kind == "SEQ_2_SEQ_LM":  # 1.0 if greedy decoding writes exactly the target
             written = model.generate(input_ids=batch.input_ids_BT, max_new_tokens=labels.shape[1], do_sample=False)
             assert predictions[i] == [float(written[0, 1:].tolist() == labels[0].tolist())]
     assert total / num_trained == pytest.approx(evaluation, rel=1e-6)
@@ -145,9 +145,9 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
         assert (tmp_path / "adapter" / "labels.json").read_text() == '["one", "two", "three", "four", "five"]\n'
 
 
-def test_t5_is_quantized_but_for_its_position_biases(tmp_path):
+def test_t5_is_quantized_except_for_its_position_biases(tmp_path):
     path = str(make_base("SEQ_2_SEQ_LM", tmp_path))
-    share, left = quantized_share(meta_model(path, "int8", torch.float32, TASKS["SEQ_2_SEQ_LM"]))
+    share, left = quantized_fraction(meta_model(path, "int8", torch.float32, TASKS["SEQ_2_SEQ_LM"]))
     assert share > 0.97 and {name.rpartition(".")[0].rpartition(".")[2] for name in left} == {"relative_attention_bias"}
     with pytest.raises(UserError, match="is not a causal language model"):
         meta_model(path, "int8", torch.float32)
@@ -158,7 +158,7 @@ def _untrained_heads_on_rank(rank, config, path, seed):
     return {name: param.detach().clone() for name, param in trainable_parameters(model).items() if "score" in name}
 
 
-def test_a_new_head_is_drawn_from_the_seed(config, tmp_path):
+def test_the_seed_decides_the_weights_of_a_new_head(config, tmp_path):
     config, path = dataclasses.replace(config, task_type="SEQ_CLS"), make_base("SEQ_CLS", tmp_path)
     first, second = run_ranks(_untrained_heads_on_rank, 2, config, path, 1)
     other, _ = run_ranks(_untrained_heads_on_rank, 2, config, path, 2)
@@ -169,6 +169,6 @@ def test_a_new_head_is_drawn_from_the_seed(config, tmp_path):
 
 def test_held_out_labels_come_in_the_order_of_the_rows(config):
     class Run:
-        eval_rows = make_rows("several of SEQ_CLS")
+        held_out = make_rows("several of SEQ_CLS")
 
     assert held_out_labels(Run).tolist() == [LABELS["several of SEQ_CLS"](i, 0) for i in range(22)]

@@ -1,6 +1,7 @@
-"""Bad data: exit code 2 on every rank and one line that names it, before a model is loaded; or handled and reported."""
+"""Bad data: every rank exits with 2, and one line says what is wrong, before a model is loaded; or it is counted."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -30,7 +31,8 @@ CLASSES = datasets.Features({"text": datasets.Value("string"), "label": datasets
 TOKEN_CLS = ["--task_type", "TOKEN_CLS", "--dataset_label_field", "tags"]
 SEQ_CLS = ["--task_type", "SEQ_CLS", "--dataset_label_field", "label"]
 
-# id: (file name, or None for a function of the folder), (its bytes, or the function), flags, what the line must hold
+# id: (file name, its bytes, flags, words of the error). If the name is None, a function of the folder makes the data
+# set in place of the bytes and returns its name.
 CASES = {
     "truncated line": ("d.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"te', [], ["d.jsonl", "line 3: ", "character"]),
     "broken line in the middle": ("d.jsonl", b'{"text": "a"}\n{"text" "b"}\n', [], ["line 2: Expecting ':'"]),
@@ -47,7 +49,12 @@ CASES = {
         [],
         ["3 of 3 train examples are empty"],
     ),
-    "mixed schemas": ("d.jsonl", lines({"text": "a"}, {"text": 3}), [], ["row 2: text holds a int, not text"]),
+    "mixed schemas": (
+        "d.jsonl",
+        lines({"text": "a"}, {"text": 3}),
+        [],
+        ["example 2: column text holds a int; it must hold text"],
+    ),
     "no known columns": (
         "d.jsonl",
         lines({"quote": "a"}),
@@ -66,17 +73,17 @@ CASES = {
         ["--dataset_format", "prompt_completion"],
         ["needs prompt and completion"],
     ),
-    "rename of nothing": (
+    "rename a missing column": (
         "d.jsonl",
         lines({"a": "a"}),
         ["--rename_columns", "b=text"],
         ["--rename_columns b=text", "no column b"],
     ),
-    "rename onto another": (
+    "rename onto an existing column": (
         "d.jsonl",
         lines({"a": "a", "text": "b"}),
         ["--rename_columns", "a=text"],
-        ["a=text", "text is taken"],
+        ["a=text", "there is a column text already"],
     ),
     "rename without =": ("d.jsonl", lines({"a": "a"}), ["--rename_columns", "a"], ["--rename_columns a", "OLD=NEW"]),
     "chat without a template": (
@@ -95,13 +102,13 @@ CASES = {
         "d.jsonl",
         lines({"messages": CHAT}, {"messages": [{"text": "hi"}]}),
         ["--chat_template", "TEMPLATE"],
-        ["row 2: message 1 of messages needs a role"],
+        ["example 2: message 1 of messages needs a role"],
     ),
     "a chat that the template refuses": (
         "d.jsonl",
         lines({"messages": CHAT}, {"messages": CHAT[1:]}),
         ["--chat_template", "TEMPLATE"],
-        ["row 2: the chat template refuses it: begin with the user"],
+        ["example 2: the chat template refuses it: begin with the user"],
     ),
     "chats without answers": (
         "d.jsonl",
@@ -135,7 +142,7 @@ CASES = {
         ["--dataset_test_split", "dev"],
         ["--dataset_test_split dev"],
     ),
-    "what strict does not let pass": (
+    "warnings under --strict": (
         "d.jsonl",
         lines(*[{"text": "a"}] * 3),
         ["--strict", "true"],
@@ -145,13 +152,13 @@ CASES = {
         None,
         lambda t: saved(t, {"text": ["a", "b"], "label": [0, 1]}, CLASSES),
         SEQ_CLS,
-        ["row 2", "label is 7", "0 to 1"],
+        ["example 2: label is 7, but the classes are 0 to 1"],
     ),
     "one class": (
         "d.jsonl",
         lines(*[{"text": "a", "label": "x"}] * 3),
         SEQ_CLS,
-        ["--dataset_label_field label", "one class, x"],
+        ["--dataset_label_field label", "one class, x; a classifier needs two or more"],
     ),
     "no column of classes": (
         "d.jsonl",
@@ -159,20 +166,19 @@ CASES = {
         SEQ_CLS,
         ["--dataset_label_field label", "no such column"],
     ),
-    "classes nowhere": ("d.jsonl", lines({"text": "a"}), SEQ_CLS[:2], ["needs --dataset_label_field"]),
     "words without as many classes": (
         "d.jsonl",
         lines({"text": ["a", "b"], "tags": ["x"]}, {"text": ["a"], "tags": ["y"]}),
         TOKEN_CLS,
-        ["row 1: needs a list of words and as many classes"],
+        ["example 1: text must hold a list of words, and tags as many classes"],
     ),
-    "classes of a causal model": (
+    "classes for a causal language model": (
         "d.jsonl",
         lines({"text": "a"}),
         ["--num_labels", "3"],
-        ["--num_labels 3", "no effect"],
+        ["--num_labels 3", "has no effect with --task_type CAUSAL_LM"],
     ),
-    "a target for texts": (
+    "texts for a sequence-to-sequence model": (
         "d.jsonl",
         lines({"text": "a"}),
         ["--task_type", "SEQ_2_SEQ_LM", "--packing", "false"],
@@ -184,11 +190,11 @@ CASES = {
         ["--streaming", "true"],
         ["--streaming True", "--max_steps"],
     ),
-    "a stream with a share to hold out": (
+    "a fraction of a stream": (
         "d.jsonl",
         lines({"text": "a"}),
         ["--streaming", "true", "--max_steps", "30"],
-        ["--streaming True", "--eval_fraction 0"],
+        ["--streaming True: cannot hold out a fraction of a stream", "--eval_fraction 0"],
     ),
     "a stream that breaks": (
         "d.jsonl",
@@ -214,7 +220,7 @@ def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
     data = content(tmp_path) if name is None else str(tmp_path / name)
     if name:
         (tmp_path / name).write_bytes(content)
-    if case == "classes outside their range":  # which datasets checks when it makes them, and not when it reads them
+    if case == "classes outside their range":  # datasets checks them when it writes, but not when it reads
         monkeypatch.setattr("lora_dist.data.sources.datasets.load_from_disk", _with_class_7)
     template = tmp_path / "template.jinja"
     template.write_text(
@@ -230,8 +236,32 @@ def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
     ended = fork_ranks(*run, *flags, recipe="sft")
     assert_refused(ended, expected)
     assert sorted(path for path in tmp_path.iterdir() if path != cache) == before
-    if "--strict" not in flags:  # which looks at whole rows
-        assert not list(cache.glob("lora-dist-rows/*/report.json"))  # nothing half-written that is taken for whole
+    if "--strict" not in flags:  # strict refuses data that was tokenized completely
+        assert not list(cache.glob("lora-dist-rows/*/report.json"))  # nothing that a later start would read
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("recipe", ["opt_quotes", "bloomz_complaints", "sft"])
+def test_a_classifier_without_a_label_column_is_refused(recipe, task_type, tmp_path):
+    """quotes_tags is not among the recipes, because it names its label column itself."""
+    flags = ("--output_dir", str(tmp_path / "run"), "--task_type", task_type)
+    ended = fork_ranks(*flags, recipe=recipe)
+    assert_refused(ended, [f"--task_type {task_type}: needs --dataset_label_field COLUMN"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--task_type", "CAUSAL_LM"], "--dataset_label_field tags: has no effect with --task_type CAUSAL_LM"),
+        (
+            ["--dataset_label_field", "nothing"],
+            "--dataset_label_field nothing: no such column: embedded has quote, author",
+        ),
+    ],
+)
+def test_quotes_tags_with_another_task_or_column(flags, expected, tmp_path):
+    assert_refused(fork_ranks("--output_dir", str(tmp_path / "run"), *flags, recipe="quotes_tags"), [expected])
 
 
 def _with_class_7(path):
@@ -241,21 +271,21 @@ def _with_class_7(path):
 
 
 @pytest.mark.slow
-def test_a_row_of_ten_megabytes_and_nul_characters_are_handled_and_reported(tmp_path):
+def test_ten_megabytes_in_a_line_and_nul_characters_are_only_counted(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines({"text": "word " * 2_000_000}, {"text": "a \0 b"}, {"text": "x" * 50_000}, {"text": "fine"}))
     flags = ("--eval_fraction", "0", "--max_length", "128", "--overlong_rows", "split", "--json")
     done = launch("lora-dist", "doctor", "--data", str(file), *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["counts"]["train"]["overlong"] == 2 and report["counts"]["train"]["odd"] == 1
-    assert report["counts"]["train"]["tokens"] > 2_000_000
+    counts = report["counts"]["train"]
+    assert (counts["overlong"], counts["with_bad_characters"]) == (2, 1) and counts["tokens"] > 2_000_000
     assert any("NUL" in line for line in report["warnings"])
 
 
 @pytest.mark.parametrize("missing, code", [("pad_token", 0), ("eos_token", 2)])
 def test_a_tokenizer_without_pad_or_eos(tmp_path, missing, code):
-    """Without pad, eos serves; without eos a text has no end."""
+    """Without a pad token, eos is used for padding. Without eos, the model could not learn where a text ends."""
     (tmp_path / "d.jsonl").write_bytes(lines({"text": "a"}, {"text": "b"}))
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     setattr(tokenizer, missing, None)
@@ -264,12 +294,11 @@ def test_a_tokenizer_without_pad_or_eos(tmp_path, missing, code):
     done = launch("lora-dist", "doctor", "--data", str(tmp_path / "d.jsonl"), *flags)
     assert done.returncode == code, done.stderr
     if code:
-        assert done.stderr.endswith("eos_token: its tokenizer has no eos token\n") and done.stderr.count("\n") == 1
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.endswith("eos_token: its tokenizer has no eos token; training needs one to end each text\n")
 
 
 def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
-    import shutil
-
     shutil.copytree(BASE_DIR, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     tokenizer.add_tokens(["<new>"])

@@ -1,0 +1,102 @@
+"""From examples to rows of token ids: read, encoded, cut to length, checked and counted."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset, IterableDataset
+from tqdm import tqdm
+
+from lora_dist.config import TrainConfig
+from lora_dist.data.formats import Encoded, Encoder
+from lora_dist.data.sources import as_examples, read_batches
+from lora_dist.data.tasks import IGNORE_INDEX, TASKS
+
+WHAT_HAPPENS = {"truncate": "cut off", "split": "cut into several rows", "drop": "left out"}  # to overlong rows
+
+
+@dataclass
+class Counts:
+    """What became of the examples of one split."""
+
+    examples: int = 0
+    empty: int = 0  # left out
+    overlong: int = 0  # longer than --max_length
+    without_trained_tokens: int = 0  # left out
+    repeated: int = 0  # the same as an earlier one; not counted for a stream
+    with_bad_characters: int = 0  # NUL, or U+FFFD
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def warnings(self, split: str, overlong_rows: str, max_length: int) -> list[str]:
+        count_of = {
+            "are empty: left out": self.empty,
+            f"are longer than --max_length {max_length}: {WHAT_HAPPENS[overlong_rows]}": self.overlong,
+            "have no token to train on: left out": self.without_trained_tokens,
+            "repeat an earlier one": self.repeated,
+            "contain NUL characters, or U+FFFD, which replaces bytes that are not text": self.with_bad_characters,
+        }
+        return [f"{count} of {self.examples} {split} examples {what}" for what, count in count_of.items() if count]
+
+
+def encode(
+    examples: Dataset | IterableDataset | list,
+    encoder: Encoder,
+    config: TrainConfig,
+    counts: Counts,
+    row_hashes: set[bytes],
+) -> Iterator[Encoded]:
+    """Rows of (token ids, labels), none longer than `--max_length`. Raises UserError if an example cannot be read.
+
+    Fills `counts`, and, unless the data is streamed, `row_hashes` with the 8-byte hash of each encoded example.
+    """
+    if not examples:
+        return
+    total = None if isinstance(examples, IterableDataset) else len(examples)
+    # A log file gets a progress bar only if it takes long, and seldom.
+    timing = {"delay": 1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30}
+    with tqdm(total=total, desc="tokenizing", unit=" examples", disable=total is None, **timing) as bar:
+        for batch in read_batches(examples, config.dataset_name):
+            documents = [encoder.read(example, counts.examples + i) for i, example in enumerate(as_examples(batch), 1)]
+            counts.examples += len(documents)
+            filled = [document for document in documents if not document.is_empty]
+            counts.empty += len(documents) - len(filled)
+            counts.with_bad_characters += sum("\0" in doc.text or "\ufffd" in doc.text for doc in filled)
+            for row in encoder(filled):
+                yield from _cut_and_count(row, config, counts, row_hashes)
+            bar.update(len(documents))
+
+
+def _cut_and_count(row: Encoded, config: TrainConfig, counts: Counts, row_hashes: set[bytes]) -> Iterator[Encoded]:
+    task = TASKS[config.task_type]
+    parts = cut(*row, config.max_length, config.overlong_rows, labels_each_token=task.labels_each_token)
+    counts.overlong += max(map(len, row)) > config.max_length
+    kept = [part for part in parts if task.has_trained_tokens(part[1])]
+    counts.without_trained_tokens += bool(parts) and not kept
+    if kept and not config.streaming:  # the hashes of a stream would fill the memory
+        digest = hashlib.blake2b(str(row).encode(), digest_size=8).digest()
+        counts.repeated += digest in row_hashes
+        row_hashes.add(digest)
+    for ids, labels in kept:
+        counts.rows += 1
+        counts.tokens += len(ids)
+        counts.trained_tokens += sum(label != IGNORE_INDEX for label in labels[task.first_predicted :])
+        yield ids, labels
+
+
+def cut(
+    ids: list[int], labels: list[int], max_length: int, overlong_rows: str, *, labels_each_token: bool = True
+) -> list[Encoded]:
+    """Cut a row to parts of up to `max_length` tokens, as `--overlong_rows` says. A row that fits is one part.
+
+    Only the last part has the end of the text, and with it the eos token. `labels_each_token`: label t belongs to
+    token t, so both are cut at the same position.
+    """
+    if len(ids) <= max_length and len(labels) <= max_length:
+        return [(ids, labels)]
+    starts = {"truncate": [0], "split": range(0, len(ids), max_length), "drop": []}[overlong_rows]
+    if not labels_each_token:
+        return [(ids[:max_length], labels[:max_length]) for _ in starts]
+    return [(ids[start : start + max_length], labels[start : start + max_length]) for start in starts]
