@@ -1,6 +1,6 @@
 # make train   set up .venv and train on this machine: the embedded base, int8, sharded over 2 CPU ranks or all GPUs
 # make test    the fast tests          make test-slow   the others
-# make check   format and lint         make format      mend both
+# make check   format and lint         make format      fix both
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: install train test test-slow check format
 
 train: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh recipes/opt_quotes.py --model_name_or_path embedded --dataset_name embedded $(ARGS)
+	$(BIN)/lora-dist train opt_quotes --model_name_or_path embedded --dataset_name embedded $(ARGS)
 
 test: install
 	$(BIN)/pytest -q
@@ -26,7 +26,7 @@ format: install
 
 install: .venv/installed
 
-# torch first and capped: a range that admits a newer release would bring that one, with gigabytes for a GPU.
+# torch first, and capped: a range that admits a newer release would install that one, with gigabytes for a GPU.
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-dist needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv .venv

@@ -1,14 +1,21 @@
 """How a recipe or a command starts and how its process ends."""
 
+import contextlib
+import ctypes
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 from lora_dist.config import TrainConfig
 from lora_dist.environment import has_gpu
 from lora_dist.errors import NothingToDo, RunFailed, UserError
-from lora_dist.flags import parse_config, parse_recipe_config
 from lora_dist.signals import install_handlers
+
+LAUNCHER_PID = "LORA_DIST_LAUNCHER_PID"  # environment variable that `lora-dist train` sets for its ranks
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def run_recipe(
@@ -20,7 +27,10 @@ def run_recipe(
     and on one without.
     """
     install_handlers()
-    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher's
+    stop_with_launcher()
+    from lora_dist.flags import parse_config, parse_recipe_config  # imports transformers
+
+    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
 
     def work() -> None:
         parse_config(defaults, argv, description=description)  # answers a typo before torch is imported
@@ -29,20 +39,31 @@ def run_recipe(
     end_process(work)
 
 
-def end_process(work: Callable[[], None]) -> None:
+def stop_with_launcher() -> None:
+    """Let the kernel send SIGTERM to this rank if `lora-dist train`, which started it, dies without passing one on."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # it died before the call above
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_process(work: Callable[[], int | None]) -> None:
     """Do the work, then end the process.
 
-    The exit code is 0; 2 for bad input and 1 for a run that cannot go on, both with one line from rank 0.
+    The exit code is the one that `work` returns, if it returns one; 0 if not; 2 for bad input and 1 for a run that
+    cannot go on, both with one line from rank 0.
     """
-    code, speaks = 0, os.environ.get("RANK", "0") == "0"
+    code, is_rank_0 = 0, os.environ.get("RANK", "0") == "0"
     try:
-        work()
+        code = work() or 0
     except NothingToDo as reason:
-        if speaks:
+        if is_rank_0:
             print(reason)
     except (UserError, RunFailed) as error:
         code = 2 if isinstance(error, UserError) else 1
-        if speaks:
+        tell_launcher(f"error: {error}")
+        if is_rank_0:
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:  # in a command; a recipe has its own signal handlers
         code = 130
@@ -51,3 +72,15 @@ def end_process(work: Callable[[], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def tell_launcher(line: str) -> None:
+    """Write the line to the file that torchrun or `lora-dist train` named, if one did.
+
+    torchrun prints it in its box of failures (torch.distributed.elastic.multiprocessing.errors.ProcessFailure).
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)

@@ -9,8 +9,15 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 CODE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parent
 COMMIT_FILE = "git_commit"  # beside a copy of the code, which has no repository
 BF16_TEST_SIZE = 256  # rows and columns of the matrices that `bf16_slowdown` multiplies
+
+
+def shipped(folder: str) -> Path:
+    """The folder `recipes` or `accelerate_configs`: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
 @functools.cache  # reads one file per package, and saving a checkpoint must not wait for that

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import yaml
@@ -37,8 +37,8 @@ METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
 RULES = {"int": "must be a whole number", "float": "must be a number"}
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows each flag once: `--lora_r LORA_R`, although `--lora-r` is accepted too."""
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows each flag once: `--lora_r N`, although `--lora-r` is accepted too; keeps the lines of the description."""
 
     def _format_action_invocation(self, action):
         if not action.option_strings or "-h" in action.option_strings:
@@ -75,10 +75,10 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def _parser(defaults: TrainConfig, description: str) -> _Parser:
+def _parser(defaults: TrainConfig, description: str, prog: str | None = None) -> _Parser:
     usage = "%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]"
     parser = _Parser(
-        TrainConfig, description=description, usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter
+        TrainConfig, prog=prog, description=description, usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter
     )
     parser.add_argument(
         "--config",
@@ -89,9 +89,14 @@ def _parser(defaults: TrainConfig, description: str) -> _Parser:
     return parser
 
 
-def parse_config(defaults: TrainConfig, argv: list[str], *, description: str = "") -> TrainConfig:
-    """The recipe's defaults, overridden by `--config FILE.yaml`, overridden by flags. Raises UserError."""
-    parser = _parser(defaults, description)
+def parse_config(
+    defaults: TrainConfig, argv: list[str], *, description: str = "", prog: str | None = None
+) -> TrainConfig:
+    """The recipe's defaults, overridden by `--config FILE.yaml`, overridden by flags. Raises UserError.
+
+    `description` and `prog`, the command that --help shows, are for --help, which prints the settings and exits.
+    """
+    parser = _parser(defaults, description, prog)
     file = parser.parse_known_args(argv)[0].config
     settings = _read_yaml(Path(file)) if file else {}
     if file:

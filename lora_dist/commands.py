@@ -1,0 +1,199 @@
+"""What the commands of `lora-dist` do. `cli.py` describes their flags; each function here has its command's name.
+
+A function takes the parsed words (argparse.Namespace) and prints its result; it may return an exit code. `args.recipe`
+holds the recipe and its flags, `args.unknown` the words that the command does not know. Imports are inside the
+functions, so that `lora-dist --help` and a mistyped flag are answered at once.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lora_dist.errors import UserError, did_you_mean
+
+
+def train(args) -> int:
+    from lora_dist.cluster.launcher import train
+
+    return train(args.words)
+
+
+def generate(args) -> None:
+    folder = Path(args.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--adapter {folder}: holds no adapter_config.json; give the adapter/ of a run folder")
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The space that ends a prompt belongs to the next word's token: leave it to the model.
+    inputs = tokenizer(args.prompt.rstrip(), return_tensors="pt", return_token_type_ids=False).to(device)
+    out = model.generate(
+        **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    completion = tokenizer.decode(out[0], skip_special_tokens=True)
+    print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
+
+
+def doctor(args) -> None:
+    if args.distributed:
+        return _check_ranks(args)
+    from lora_dist.config import TrainConfig
+    from lora_dist.data.formats import load_tokenizer, mark_trained
+    from lora_dist.data.rows import prepare_rows
+    from lora_dist.embedded import EMBEDDED
+    from lora_dist.flags import parse_config
+
+    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.unknown])
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    data = prepare_rows(config, tokenizer)
+    examples = [mark_trained(tokenizer, row["input_ids"], row["labels"]) for row in data.first_rows(2)]
+    if args.json:
+        counts = {split: dataclasses.asdict(counts) for split, counts in data.counts.items()}
+        print(json.dumps({"counts": counts, "warnings": data.warnings(), "examples": examples}))
+        return
+    print(data.table())
+    for number, example in enumerate(examples, 1):
+        print(f"\nexample {number}, as {config.model_name_or_path} reads it; trained on between ⟦ and ⟧:\n{example}")
+
+
+def _check_ranks(args) -> None:
+    if args.unknown:
+        raise UserError(f"{args.unknown[0]}: no flag of doctor --distributed; it has --run_folder and --json")
+    from lora_dist.cluster.preflight import inspect_ranks, joined_ranks
+
+    with joined_ranks() as device:
+        report = inspect_ranks(Path(args.run_folder), device)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(report.as_dict()) if args.json else report.table(), flush=True)
+
+
+def report(args) -> None:
+    from lora_dist.run.folder import RunFolder
+    from lora_dist.tracking.report import write_comparison, write_report
+
+    folders = [RunFolder(Path(root)) for root in args.run_folders]
+    for folder in folders:
+        if not folder.config.is_file() or not folder.state.is_file():
+            raise UserError(f"{folder.root}: holds no config.yaml and state.json; give a run folder")
+    if len(folders) == 1:
+        path = Path(args.output) if args.output else folders[0].report
+        write_report(folders[0], path)
+    else:
+        path = Path(args.output or "comparison.html")
+        write_comparison(folders, path)
+    print(path)
+
+
+def status(args) -> None:
+    from lora_dist.cluster.status import comparison, read_status
+
+    found = [read_status(Path(folder)) for folder in args.run_folders]
+    if args.json:
+        rows = [status.as_dict() for status in found]
+        print(json.dumps(rows if len(rows) > 1 else rows[0], indent=2))
+    else:
+        print(comparison(found) if len(found) > 1 else found[0].text())
+
+
+def strategies(args) -> None:
+    from lora_dist.parallel.strategies import STRATEGIES
+
+    rows = [dataclasses.asdict(row) for row in STRATEGIES.values()]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['name']}: {row['summary']}")
+        print(f"  engine {row['engine']} | base per rank {row['base_per_rank']} | offloads {row['offloads']}")
+        print(f"  traffic per step: {row['traffic_per_step']}")
+        refuses = f" | refuses {' '.join(row['refuses'])}" if row["refuses"] else ""
+        print(f"  quantization {' '.join(row['quantizations'])}{refuses}")
+
+
+def quantize(args) -> None:
+    from lora_dist.model.load import BaseOptions, meta_model
+    from lora_dist.model.quantized_cache import load_cached_base
+    from lora_dist.parallel.ranks import start_ranks
+    from lora_dist.parallel.strategies import Placement, world_size
+    from lora_dist.training.plan import DTYPE_OF
+
+    dtype = DTYPE_OF[args.mixed_precision]
+    meta_model(args.model_name_or_path, args.quantization, dtype)  # finds bad input before any weight is read
+    accelerator = start_ranks()
+    options = BaseOptions(args.quantization, dtype, accelerator.device, Placement(shard_ranks=world_size()))
+    load_cached_base(args.model_name_or_path, options, cache=args.output_dir)
+    accelerator.on_main_process(print)(f"{args.output_dir}: {args.model_name_or_path} in {args.quantization}")
+
+
+def prepare(args) -> None:
+    from lora_dist.cluster.submission import prepare
+
+    if args.gpus_per_node == 0 and args.ranks_per_node is None:
+        args.gpus_per_node = 1
+    prepare(_read_submission(args))
+
+
+def submit(args) -> None:
+    from lora_dist.cluster import slurm, submission
+
+    asked = _read_submission(args)
+    command = f"lora-dist {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}"
+    if args.dry_run:
+        text = slurm.render(submission.job_of(asked, command, offline=args.prepare != "no"))
+        print(text, end="", flush=True)
+        print(slurm.expected_start(text), file=sys.stderr)
+        return
+    if args.prepare == "here":
+        submission.prepare(asked, quiet=args.json)
+    submitted = submission.submit(asked, command, prepare=args.prepare)
+    if args.json:
+        print(json.dumps(submitted))
+        return
+    run_folder = asked.config.output_dir
+    print(f"job {submitted['job_id']}: {run_folder}/job/job.sbatch")
+    print(f"log: {submitted['log']}")
+    print(f"follow: tail -F {submitted['log']}")
+    print(f"status: lora-dist status {run_folder}")
+
+
+def _read_submission(args):
+    from lora_dist.cluster.slurm import FLAGS, SlurmOptions
+    from lora_dist.cluster.submission import read_submission
+
+    valid = ["config_file", *FLAGS.values(), *args.other_options]
+    for word in args.unknown:
+        every = f"the options before the recipe are {' '.join(f'--{name}' for name in valid)}"
+        guess = did_you_mean(word.lstrip("-").partition("=")[0], valid, every, prefix="--")
+        raise UserError(f"{word}: no such option; {guess}")
+    if not args.recipe:
+        raise UserError("recipe: none is given; end with e.g. recipes/opt_quotes.py and its flags")
+    options = SlurmOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SlurmOptions)})
+    recipe, *flags = args.recipe
+    return read_submission(recipe, flags, args.config_file, options)
+
+
+def push(args) -> None:
+    from lora_dist.run.folder import RunFolder
+    from lora_dist.tracking.wandb_run import push
+
+    print(push(RunFolder(Path(args.run_folder)), args.project, args.entity))
+
+
+def dashboard(args) -> None:
+    from lora_dist.tracking import dashboard
+
+    if args.dump:
+        print(json.dumps(dashboard.spec(dashboard.build(args.entity or "entity", args.project)), indent=2))
+        return
+    print(dashboard.apply(args.entity, args.project, args.url))
