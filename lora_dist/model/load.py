@@ -370,12 +370,12 @@ class QuantizeRows(ConversionOps):
         parts = weight.format.quantize(rows.to(self.device), lambda own: _gather_rows(own, weight.shape[0], group))
         converted = {}
         for part_name, part in zip(weight.part_names, parts, strict=True):
-            if part_name.endswith("_nested") and group is not None:  # every rank has computed all of it
+            if part_name.endswith("_nested") and group is not None:  # each rank has computed the whole part
                 part = _own_chunk(part, group)
             converted[f"{name.rpartition('.')[0]}.{part_name}"] = as_integers(part).to(rows.device)
         if rows.device.type == "cpu":
             # The freed float rows lie between the shards, which stay, so the C library does not return their memory to
-            # the system by itself (1.3 GB resident where 0.44 GB were held).
+            # the system by itself (1.3 GB resident instead of 0.44 GB).
             ctypes.CDLL(None).malloc_trim(0)
         return converted
 

@@ -1,4 +1,4 @@
-"""On one GPU: a run that was killed goes on to the bytes of the run that was not. Not run yet: no GPU was there."""
+"""On one GPU: a run that is killed and continued ends with the bytes of a run that is not. Not run: no GPU."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""On one GPU: the parts of a step by CUDA events, MFU, reserved memory, a profile. Not run yet: no GPU was there."""
+"""On one GPU: times by CUDA events, MFU, reserved memory and a profile. Not run: no GPU."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""On one GPU: our packed linears against bitsandbytes' own, with its CUDA kernels. Run with pytest -m gpu tests/gpu."""
+"""On one GPU: our quantized linears compute what bitsandbytes' own do. Run with pytest -m gpu tests/gpu."""
 
 import dataclasses
 

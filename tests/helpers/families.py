@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the model families, made on the spot; hidden 64, 2 layers, vocabulary 128."""
+"""Tiny random checkpoints of the model families: hidden size 64, 2 layers, vocabulary 128."""
 
 from pathlib import Path
 
@@ -63,11 +63,11 @@ GPT_OSS = GptOssConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2,
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """A random checkpoint in safetensors, as `dtype`, dropout 0.1 where the family has any."""
+    """Write a random checkpoint as safetensors in `dtype`. Dropout is 0.1 if the family has any. Returns its folder."""
     torch.manual_seed(0)
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(GPT_OSS if family == "gpt_oss" else CONFIGS[family])
-    for param in model.parameters():  # biases and norms start at constants, which would hide an exchange
+    for param in model.parameters():  # biases and norms start as constants, so two of them could be exchanged unseen
         param.data += torch.randn_like(param) * 0.05
     model.to(dtype).save_pretrained(folder / family)
     return folder / family

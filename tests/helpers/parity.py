@@ -1,4 +1,4 @@
-"""What the sharded base is compared with: bitsandbytes and PEFT on one process."""
+"""References for the sharded base: bitsandbytes and PEFT on one process, and trajectories that are checked in."""
 
 import json
 import os
@@ -24,20 +24,21 @@ CPU = torch.device("cpu")
 
 
 def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR, device=CPU):
-    """What transformers and bitsandbytes make of a base, without our code."""
+    """The base as transformers and bitsandbytes load it, without our code."""
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, device_map={"": device}, quantization_config=bitsandbytes_config(quantization, dtype),
         **({} if quantization == "none" else {"experts_implementation": "eager"}),
     )  # fmt: skip
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
-            if param.dim() == 3 and quantization != "none":  # experts, which bitsandbytes' integration leaves
+            if (
+                param.dim() == 3 and quantization != "none"
+            ):  # experts, which transformers' integration does not quantize
                 setattr(module, name, torch.nn.Parameter(there_and_back(param.data, quantization), requires_grad=False))
     keep_norms_in_fp32(model)
     for name, param in AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters():
-        if (
-            param.dim() == 1 and model.get_parameter(name).dtype == torch.float32
-        ):  # as the checkpoint has norms: not rounded on the way
+        # Norms as in the checkpoint, not rounded to `dtype` on the way.
+        if param.dim() == 1 and model.get_parameter(name).dtype == torch.float32:
             model.get_parameter(name).data = param.data.to(device)
     return model
 
@@ -49,12 +50,12 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=quantization == "nf4",
-        bnb_4bit_compute_dtype=dtype,  # its default is fp32; ours computes in the dtype of the input
+        bnb_4bit_compute_dtype=dtype,  # the default is fp32; our linear computes in the dtype of its input
     )  # fmt: skip
 
 
 def there_and_back(experts: torch.Tensor, quantization: str) -> torch.Tensor:
-    """Experts (E, O, I), quantized whole by bitsandbytes' public functions, and dequantized."""
+    """Experts (E, O, I), quantized all at once with bitsandbytes' public functions, and dequantized."""
     if quantization == "int8":
         codes, scale, _ = F.int8_vectorwise_quant(experts.half().flatten(0, 1))
         return (codes.to(experts.dtype) * scale.unsqueeze(1).mul(1.0 / 127.0)).to(experts.dtype).view(experts.shape)
@@ -63,7 +64,7 @@ def there_and_back(experts: torch.Tensor, quantization: str) -> torch.Tensor:
 
 
 def rows_of(ids: list[list[int]]) -> Rows:
-    """Rows of plain text: every token is trained."""
+    """Rows in which every token is trained."""
     return Rows.of([(row, row) for row in ids])
 
 
@@ -72,7 +73,7 @@ def batch_of(ids: list[list[int]], pad_token_id: int = 1) -> MicroBatch:
 
 
 def loss_and_gradients(model, device=CPU):
-    """One training step's worth on a ragged batch, with dropout on, at a fixed seed."""
+    """(loss, {name: gradient}) of one batch of rows of different lengths, with dropout, at a fixed seed."""
     rows = [list(range(5, 5 + n)) for n in (30, 12, 21)]
     batch = batch_of(rows, pad_token_id=1).to(device)
     model.train()
@@ -85,44 +86,44 @@ def loss_and_gradients(model, device=CPU):
 
 
 def randomize(model):
-    """Give lora_A a gradient, which it lacks where lora_B is zero, and undo PEFT's rounding of 4-bit bases' lora_A."""
+    """Set the adapters. lora_A gets no gradient while lora_B is zero, and PEFT rounds it on a 4-bit base."""
     for index, param in enumerate(trainable_parameters(model).values()):
         param.data.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(index)) * 0.02)
 
 
 def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="embedded", config=None, **placement):
-    """Ours, over all ranks unless `placement` says otherwise."""
+    """Our base, sharded over all ranks unless `placement` says otherwise."""
     placement = {"shard_ranks": dist.get_world_size() if dist.is_initialized() else 1} | placement
     return load_placed(Placement(**placement), quantization, dtype, path, config)
 
 
 def load_placed(placement: Placement, quantization: str, dtype: torch.dtype, path="embedded", config=None):
-    """Ours, placed as said. `config`: says what of the base will be trained."""
+    """Our base on the CPU. `config`: decides which of its parameters will be trained."""
     trained = {"will_be_trained": partial(is_trained_parameter, config)} if config else {}
     return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=placement, **trained)
 
 
 def zero(stage: int, offload: bool = False, **zero_optimization) -> dict:
-    """A DeepSpeed config as the launcher hands it on."""
+    """A DeepSpeed config as the launcher passes it on."""
     if offload:
         zero_optimization["offload_param"] = {"device": "cpu"}
     return {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage, **zero_optimization}}
 
 
 TRAJECTORIES = Path(__file__).parents[1] / "trajectories.json"
-# Of other processors, whose kernels round differently; measured in docs/exactness.md.
+# Relative differences on other processors, whose kernels round differently; measured in docs/exactness.md.
 BOUNDS = {"no": 1e-5, "bf16": 5e-2}
 
 
 def environment() -> dict[str, str]:
-    """What the bits of a run on CPU depend on."""
+    """Everything that the bits of a run on a CPU depend on."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     return packages | {"cpu": model.split(":")[1].strip(), "kernels": torch.backends.cpu.get_cpu_capability()}
 
 
 def assert_as_checked_in(name: str, trajectory: list) -> None:
-    """Compare with `trajectories.json`: bit for bit in the environment it was made in, else within BOUNDS.
+    """Compare with `trajectories.json`: bit for bit in the environment that it was made in, otherwise within BOUNDS.
 
     `name` ends in the precision. With WRITE_TRAJECTORIES set, the file is written instead.
     """

@@ -1,4 +1,4 @@
-"""LoRA's options on a sharded base: the same loss and gradients as PEFT on bitsandbytes on one process."""
+"""LoRA's options on a sharded base give the loss and gradients of PEFT and bitsandbytes on one process."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from tests.helpers.parity import batch_of, load_sharded, load_unsharded, loss_an
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import start_run
 
-# name: (family, settings, parameters that train beside lora_A and lora_B)
+# name: (family, settings, number of trained parameters beside lora_A and lora_B)
 OPTIONS = {
     "bias all": ("opt", {"lora_bias": "all"}, 2 * (6 + 2) + 1),
     "bias lora_only": ("opt", {"lora_bias": "lora_only"}, 2 * 2),
@@ -69,8 +69,8 @@ def test_loss_gradients_and_start_equal_peft_on_one_process(config, tmp_path, op
     path = make_checkpoint(family, tmp_path)
     check_targets(meta_model(str(path), quantization, torch.float32), config)
     base = load_unsharded(quantization, torch.float32, path)
-    if config.use_dora and quantization == "int8":  # fails in bitsandbytes: PEFT's DoRA moves its weight
-        base = load_sharded(quantization, path=path)  # ours, on one process
+    if config.use_dora and quantization == "int8":  # not with bitsandbytes' linear, whose weight PEFT's DoRA moves
+        base = load_sharded(quantization, path=path)  # so the reference is our own base on one process
     reference = _adapted(config, base, perturb=False)
     expected = {name: p.detach().clone() for name, p in trainable_parameters(reference).items()}
     assert len([name for name in expected if "lora_A" not in name and "lora_B" not in name]) == num_extra
@@ -78,7 +78,7 @@ def test_loss_gradients_and_start_equal_peft_on_one_process(config, tmp_path, op
     loss, gradients = loss_and_gradients(reference)
     for fresh, (rank_loss, rank_gradients) in run_ranks(_on_rank, 2, config, quantization, path, tmp_path):
         assert fresh.keys() == expected.keys()
-        # PEFT rounds a fresh lora_A on a 4-bit base to bnb_4bit_compute_dtype, here fp32 as well.
+        # PEFT rounds a new lora_A on a 4-bit base to bnb_4bit_compute_dtype, which is fp32 here too.
         assert [name for name, value in fresh.items() if not torch.equal(value, expected[name])] == []
         assert torch.equal(rank_loss, loss)
         assert [name for name, g in rank_gradients.items() if not torch.equal(g, gradients[name])] == []

@@ -1,4 +1,4 @@
-"""Families of decoders, from tiny random checkpoints: sharded over ranks, the bits of bitsandbytes + PEFT."""
+"""Families of decoders, from tiny random checkpoints: a sharded base gives the bits of bitsandbytes and PEFT."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def _step_on_rank(rank, config, quantization, path, dtype=torch.float32):
     base = base_bytes(model)
     if num_ranks > 1:
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        # Rows do not divide by 3, and experts are sharded whole: the fullest rank holds 2 of 4.
+        # 3 does not divide the rows. No expert is split over ranks, so one rank holds 2 of 4 experts.
         whole_experts = any(p.dim() == 3 for p in model.parameters())
         assert base.held < 1.2 * base.total * (-(-4 // num_ranks) / 4 if whole_experts else 1 / num_ranks)
     return loss_and_gradients(_adapted(config, model))
@@ -62,18 +62,21 @@ def _assert_equal_to_one_process(config, quantization, num_ranks, path, dtype=to
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_one_process(config, tmp_path, family, quantization, num_ranks):
-    """bitsandbytes + PEFT; experts, which bitsandbytes leaves, against its public functions and eager experts."""
+    """The reference is bitsandbytes + PEFT; for experts, its public functions and transformers' eager experts."""
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     path = make_checkpoint(family, tmp_path)
     if quantization != "none":
-        share, left = quantized_fraction(meta_model(str(path), quantization, torch.float32))
-        assert share == 1 if family not in ("mixtral", "qwen3_moe") else (share > 0.97 and len(left) == 1)  # the router
+        fraction, unquantized = quantized_fraction(meta_model(str(path), quantization, torch.float32))
+        if family in ("mixtral", "qwen3_moe"):
+            assert fraction > 0.97 and len(unquantized) == 1  # the router
+        else:
+            assert fraction == 1
     _assert_equal_to_one_process(config, quantization, num_ranks, path)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_falcons_own_linear_is_quantized_and_one_at_any_world_size(config, tmp_path, quantization):
-    """bitsandbytes leaves Falcon's subclass of nn.Linear as it is: ours on one rank is the reference."""
+def test_falcons_own_linear_is_quantized_and_the_same_at_any_world_size(config, tmp_path, quantization):
+    """The reference is our base on one rank, because bitsandbytes does not quantize Falcon's subclass of nn.Linear."""
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     path = make_checkpoint("falcon", tmp_path)
     assert quantized_fraction(meta_model(str(path), quantization, torch.float32)) == (1.0, set())
@@ -84,7 +87,7 @@ def test_falcons_own_linear_is_quantized_and_one_at_any_world_size(config, tmp_p
 
 
 def test_what_cannot_be_quantized_is_refused_and_named(tmp_path):
-    """GPT-OSS keeps its experts as (I, O)."""
+    """GPT-OSS holds its experts as (I, O)."""
     path = make_checkpoint("gpt_oss", tmp_path)
     with pytest.raises(UserError, match=r"--quantization int8: only \d+% of .* gpt_oss .*experts.down_proj.*use none"):
         meta_model(str(path), "int8", torch.float32)
@@ -92,7 +95,7 @@ def test_what_cannot_be_quantized_is_refused_and_named(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
 def test_ranks_that_own_no_expert_of_a_layer(config, tmp_path, quantization):
-    """4 experts on 5 ranks: experts are sharded whole, so one rank has none."""
+    """4 experts on 5 ranks: no expert is split, so one rank has none."""
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     _assert_equal_to_one_process(config, quantization, 5, make_checkpoint("mixtral", tmp_path), torch.bfloat16)
 

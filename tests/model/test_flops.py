@@ -1,4 +1,4 @@
-"""The count of operations, against torch's own counter on plain transformers + PEFT; and the table of peaks."""
+"""The number of operations equals what torch counts on plain transformers + PEFT; and the table of peaks."""
 
 import dataclasses
 
@@ -20,18 +20,18 @@ B, T = 2, 48
 
 
 def counted(path, *, checkpointing: bool) -> tuple[int, int]:
-    """(operations of one forward and backward as torch counts them, trained weights)."""
+    """(operations of one forward and backward as torch counts them, number of trained weights)."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     if model.config.model_type == "mixtral":
         model.set_experts_implementation("batched_mm")
     targets = ["c_attn"] if model.config.model_type == "gpt2" else ["q_proj", "v_proj"]
     lora = LoraConfig(r=8, target_modules=targets, fan_in_fan_out="c_attn" in targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
-    model.enable_input_require_grads()  # else the first layer's q, k and v need no gradient of their input
+    model.enable_input_require_grads()  # or the first layer's q, k and v would need no gradient of their input
     if checkpointing:
         model.base_model.model.activation_checkpointing_enable()
     ids = torch.randint(3, 120, (B, T))
-    # torch stops to recompute before a last product whose result nobody keeps; a packed weight's is done all the same.
+    # torch stops the recomputation before a last product whose result is not saved. A quantized linear is recomputed.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         model(input_ids=ids, labels=ids).loss.backward()
     return counter.get_total_flops(), sum(p.numel() for p in trainable_parameters(model).values())
@@ -82,7 +82,7 @@ def test_opt_6_7b_is_about_4_n():
         ("NVIDIA L40S", "bf16", 362),
         ("NVIDIA L4", "bf16", 121),
         ("Tesla T4", "fp16", 65),
-        ("Tesla T4", "bf16", None),  # computes it, but not in its tensor cores
+        ("Tesla T4", "bf16", None),  # its tensor cores have no bf16
         ("NVIDIA H100 80GB HBM3", "no", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
         ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bf16", None),

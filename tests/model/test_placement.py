@@ -88,7 +88,7 @@ def test_the_accelerate_config_asks_for_offload(skeleton, config, monkeypatch):
     assert launch.strategy.name == "fsdp_offload"
     placement = choose_placement(launch, config, skeleton, num_ranks=2, dtype=DTYPE)
     assert placement == Placement(shard_ranks=2, offload=True)
-    for resident in ("all", "auto"):  # nothing would be left to offload
+    for resident in ("all", "auto"):  # leaves nothing to offload
         with pytest.raises(UserError, match=f"--resident_layers {resident}: .* fsdp_offload_params: true"):
             choose_placement(
                 launch, dataclasses.replace(config, resident_layers=resident), skeleton, num_ranks=2, dtype=DTYPE

@@ -47,7 +47,7 @@ def test_opt_6_7b_has_the_tutorials_parameter_counts(quantization):
 
 @pytest.mark.parametrize("quantization", FORMATS)
 def test_every_part_is_an_integer_and_survives_a_cast(quantization):
-    """Float scales would be rounded by `.to(bfloat16)`, silently."""
+    """`.to(bfloat16)` would silently round scales that are stored as floats."""
     torch.manual_seed(0)
     linear = quantize(quantization, nn.Linear(128, 96))
     x = torch.randn(4, 128)
@@ -108,7 +108,7 @@ def test_no_dequantized_weight_outlives_its_use(quantization, monkeypatch):
 
 
 def test_bitsandbytes_own_int8_linear_keeps_its_input():
-    """Why the autograd Function is ours: a change here upstream would make it unnecessary."""
+    """This is why the autograd Function is ours. If upstream changes and this test fails, it is no longer needed."""
     linear = bnb.nn.Linear8bitLt(128, 96, has_fp16_weights=False)
     linear.load_state_dict({"weight": torch.randn(96, 128), "bias": torch.zeros(96)})
     assert input_outlives_checkpointed_forward(linear.to("cpu").train())

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, and the cache of what we quantized: the same bits on any number of ranks."""
+"""Checkpoints that are quantized already, and the quantized cache: the same bits on any number of ranks."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def families_and_formats(*families):
-    """Each family in the two formats people use, the first one in all."""
+    """(family, quantization): the first family with all formats, the others with int8 and nf4."""
     return [(family, q) for family in families for q in FORMATS if family == families[0] or q != "nf4_plain"]
 
 
@@ -49,7 +49,7 @@ def assert_equal(parameters, expected):
 
 
 @pytest.mark.parametrize("family, quantization", families_and_formats("opt", "gpt2", "llama", "gpt_neox", "mixtral"))
-def test_what_bitsandbytes_saved_loads_sharded_to_the_bits_we_make(config, tmp_path, family, quantization):
+def test_what_bitsandbytes_saved_loads_sharded_to_the_bits_of_our_quantization(config, tmp_path, family, quantization):
     path = make_checkpoint(family, tmp_path)
     config = dataclasses.replace(config, lora_target_modules=["all-linear"])
     ((expected, loss),) = run_ranks(_load_on_rank, 1, quantization, path, config)
@@ -95,8 +95,10 @@ def contents(folder):
 @pytest.mark.parametrize(
     "family, quantization", families_and_formats("mixtral", "opt", "gpt2", "llama_tied", "gpt_neox", "falcon")
 )
-def test_the_cache_is_one_at_any_world_size_and_gives_the_same_bits(tmp_path, family, quantization, monkeypatch):
-    monkeypatch.setattr("lora_dist.model.quantized_cache.MAX_FILE_BYTES", 30_000)  # several files
+def test_the_cache_has_the_same_bytes_at_any_world_size_and_gives_the_same_bits(
+    tmp_path, family, quantization, monkeypatch
+):
+    monkeypatch.setattr("lora_dist.model.quantized_cache.MAX_FILE_BYTES", 30_000)  # so that there are several files
     path = checkpoint_with_tokenizer(family, tmp_path)
     (expected,) = run_ranks(_load_cached_on_rank, 1, quantization, path, tmp_path / "cache1")
     written = contents(tmp_path / "cache1")
@@ -149,7 +151,7 @@ def _why_on_rank(rank, cache, fingerprint):
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
-def test_a_stale_or_partial_cache_is_made_anew(tmp_path, spoiler, capfd):
+def test_a_stale_or_partial_cache_is_written_again(tmp_path, spoiler, capfd):
     path, cache = checkpoint_with_tokenizer("opt", tmp_path), tmp_path / "cache"
     expected = run_ranks(_load_cached_on_rank, 2, "int8", path, cache)[0]
     spoil, why = SPOILERS[spoiler]
@@ -177,8 +179,8 @@ def _cannot_write_on_rank(rank, path, cache):
     return str(error.value)
 
 
-def test_a_cache_that_cannot_be_written_is_said_on_all_ranks(tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path):
     (tmp_path / "file").write_text("")
-    said = run_ranks(_cannot_write_on_rank, 2, BASE_DIR, tmp_path / "file" / "cache")
-    assert len(said) == 2
-    assert all(re.search("--quantized_cache .*: cannot be written: Not a directory", line) for line in said), said
+    errors = run_ranks(_cannot_write_on_rank, 2, BASE_DIR, tmp_path / "file" / "cache")
+    assert len(errors) == 2
+    assert all(re.search("--quantized_cache .*: cannot be written: Not a directory", line) for line in errors), errors

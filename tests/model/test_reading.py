@@ -1,4 +1,4 @@
-"""Each rank reads its part of the weights and no more: counted by the kernel, not by us."""
+"""Each rank reads its part of the weights and no more. The bytes are those that the kernel counts."""
 
 import gc
 import re
@@ -27,12 +27,12 @@ CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=4, max_position_embeddings=64,
 )  # fmt: skip
-SLACK = 400_000  # of bytes: Python's own files, the headers, config.json
+SLACK = 400_000  # bytes, for Python's own files, the headers and config.json
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """27 MB in fp16, in several safetensors files, and the same as .bin."""
+    """27 MB in fp16, once in several safetensors files and once as .bin; and the bytes of its weights."""
     folder = tmp_path_factory.mktemp("reading")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG).half()
@@ -47,12 +47,12 @@ def checkpoint(tmp_path_factory):
 
 
 def read_so_far() -> int:
-    """Bytes that this process asked the kernel for with read and pread."""
+    """Bytes that this process has read so far with read and pread."""
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 def _reading_on_rank(rank, path, quantization):
-    load_sharded(quantization)  # what is imported on the way is read now
+    load_sharded(quantization)  # imports modules, so that they are not counted below
     before = read_so_far()
     load_sharded(quantization, torch.float16, path)
     return read_so_far() - before
@@ -67,7 +67,7 @@ def test_each_rank_reads_its_part(checkpoint, kind, quantization, num_ranks):
 
 
 def _load_on_rank(rank, placement, path):
-    """(bytes read, sizes of the base)"""
+    """(bytes read, bytes of the base, bytes of it outside of the layers)."""
     load_placed(placement, "int8", torch.float32)
     before = read_so_far()
     model = load_placed(placement, "int8", torch.float16, path)
@@ -86,7 +86,7 @@ def test_zero3_reads_its_rows_and_the_pipeline_its_layers(checkpoint):
         for read, base, outside in ranks:
             layers = base.held - outside
             assert held is None or layers == pytest.approx((base.total - outside) * held, rel=1e-3)
-            assert read < 2 * (layers + outside) + SLACK  # fp16 on disk
+            assert read < 2 * (layers + outside) + SLACK  # in the file they are fp16
         assert sum(base.held - outside for _, base, outside in ranks) == pytest.approx(
             ranks[0][1].total - ranks[0][2], rel=1e-3
         )
@@ -102,13 +102,13 @@ def _cache_on_rank(rank, path, cache, quantization):
 
 @pytest.mark.parametrize("quantization, share", [("int8", 0.5), ("nf4", 0.27)])
 def test_the_next_start_reads_the_quantized_bytes(checkpoint, tmp_path, quantization, share):
-    """A half or a quarter of the layers' bytes; and the checksums read the cache once more, split over the ranks."""
+    """Half or a quarter of the layers' bytes. For the checksums, the ranks together read the cache once more."""
     folder, total = checkpoint
     run_ranks(_cache_on_rank, 2, folder / "safetensors", tmp_path / "cache", quantization)
     embeddings = 2 * 512 * 512 * 2
     whole = (total - embeddings) * share + embeddings
     read = run_ranks(_cache_on_rank, 2, folder / "safetensors", tmp_path / "cache", quantization)
-    assert 0.97 * whole / 2 <= min(read) <= 1.03 * whole / 2 + SLACK  # one file: the other rank has its checksum
+    assert 0.97 * whole / 2 <= min(read) <= 1.03 * whole / 2 + SLACK  # there is one file, and the other rank checks it
     assert 0.97 * 2 * whole <= sum(read) <= 1.03 * 2 * whole + 2 * SLACK
 
 
@@ -121,8 +121,7 @@ def test_a_bin_gives_the_bits_that_safetensors_give(checkpoint):
 
 
 def _storages_on_rank(rank, path):
-    """Bytes of tensors alive while the base loads: the highest, beside what is held at the end."""
-
+    """(highest number of bytes in live tensors while the base loads, bytes held at the end)."""
     highest, convert = 0, load.QuantizeRows.convert
 
     def watched(self, *args, **kwargs):

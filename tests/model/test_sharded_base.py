@@ -1,4 +1,4 @@
-"""The base sharded over 2 and 3 gloo ranks against bitsandbytes + PEFT on one process: the same bits."""
+"""The base sharded over 2 and 3 gloo ranks has the bits of bitsandbytes + PEFT on one process."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ QUANTIZATIONS = [*FORMATS, "none"]
 def _step_on_rank(rank, config, quantization, dtype):
     model = load_sharded(quantization, dtype)
     sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
-    assert len(sharded) == len(list(model.parameters()))  # nothing is left whole
+    assert len(sharded) == len(list(model.parameters()))  # every parameter is sharded
     norms = {name: p.dtype for name, p in model.named_parameters() if "norm" in name}
     assert len(norms) == 4 * 4 + 2 and set(norms.values()) == {torch.float32}
     assert model.get_input_embeddings().weight.dtype == dtype
@@ -75,7 +75,7 @@ def bitsandbytes_parts(quantization, weight):
 @pytest.mark.parametrize("num_ranks, uneven", [(1, False), (2, False), (3, True), (4, False), (5, True)])
 @pytest.mark.parametrize("quantization", FORMATS)
 def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks, uneven, tmp_path):
-    """A Llama of 64, 32 and 192 rows: on 3 and 5 ranks some hold fewer than others."""
+    """The weights of this Llama have 64, 32 or 192 rows: with 3 and 5 ranks, some hold fewer rows than others."""
     path = make_checkpoint("llama", tmp_path)
     expected = {
         name: bitsandbytes_parts(quantization, module.weight)
@@ -92,7 +92,7 @@ def test_gathered_codes_and_scales_equal_bitsandbytes(quantization, num_ranks, u
 
 
 def _probe_logits(model):
-    """In training mode, where bitsandbytes computes on CPU as it trains, with every dropout at 0."""
+    """In training mode, because bitsandbytes computes in another way in eval mode on a CPU; with every dropout at 0."""
     model.train()
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
@@ -108,7 +108,7 @@ def _save_on_rank(rank, config, quantization, folder):
     if rank == 0:
         save_adapter(model, load_tokenizer("embedded"), folder)
     dist.barrier()
-    verify_adapter(model, folder, batch_of([[2, 5, 6, 7]]))  # a live base, sharded
+    verify_adapter(model, folder, batch_of([[2, 5, 6, 7]]))  # on a sharded base
     return _probe_logits(model)
 
 
@@ -120,12 +120,12 @@ def test_plain_peft_on_a_plain_base_computes_the_same_logits(config, quantizatio
     before = _probe_logits(plain)
     plain = PeftModel.from_pretrained(plain, folder)
     after = _probe_logits(plain)
-    assert not torch.equal(after, before)  # the adapter acts
+    assert not torch.equal(after, before)  # the adapter has an effect
     assert torch.equal(logits[0], after) and torch.equal(logits[1], after)
 
 
 def gathered_layers(model) -> int:
-    """Decoder layers of which some parameter is whole on this rank, in FSDP's own buffers or in the module."""
+    """Number of decoder layers with a parameter that is whole on this rank, in FSDP's buffers or in the module."""
     count = 0
     for layer in decoder_layers(model):
         params = layer._get_fsdp_state()._fsdp_param_group.fsdp_params
@@ -171,12 +171,12 @@ def test_each_rank_holds_half_and_no_gathered_layer_outlives_its_use(config, qua
         assert quantized_total / 2 <= quantized_held <= quantized_total / 2 + padding
         assert per_rank <= total / 2 + padding
         assert held == loaded  # after a step and an evaluation
-        # While a layer computes, it and at most the one fetched after it are whole; nothing is once the step is done.
+        # While a layer computes, at most it and the one that is gathered next are whole. After the step none is.
         assert [phase for phase, _ in seen] == ["forward"] * 4 + ["backward"] * 4
         assert max(count for phase, count in seen if phase == "forward") <= 1
         assert max(count for phase, count in seen if phase == "backward") <= 2
         assert after_step == 0
-        # Each layer is gathered twice, the rest once, and nothing else moves: the formula, to the byte.
+        # Each layer is gathered twice and the rest once. Nothing else moves: the formula holds to the byte.
         layers = sum(base_bytes(layer).held for layer in decoder_layers(alone))
         assert gathered == pytest.approx(2 * layers + (whole.total - layers), abs=4 * 2 * 2 * padding)
 

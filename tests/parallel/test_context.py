@@ -1,4 +1,4 @@
-"""Rows shared by two ranks: the trajectory of whole rows, and half of the activations."""
+"""Ranks that share rows train as one rank on whole rows, each with its part of the activations."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from tests.helpers.runs import make_run
 
 
 def _train_on_rank(rank, config, path, placement):
-    """2 steps and an evaluation, the adapter, its sha256, and the longest row that a layer saw."""
+    """(2 steps, evaluation, adapter, its sha256, longest row that a layer saw)."""
     run = make_run(config, load_placed(placement, config.quantization, torch.float32, path), placement)
     lengths = []
     decoder_layers(run.model)[0].register_forward_hook(lambda layer, args, output: lengths.append(output.shape[1]))
@@ -37,7 +37,7 @@ def assert_close(ranks, whole, learning_rate, num_pieces):
         for mine, theirs in zip(figures, their_figures, strict=True):
             assert theirs[:2] == pytest.approx(mine[:2], rel=2e-6) and theirs[2:] == mine[2:]
         assert their_evaluation == pytest.approx(evaluation, rel=2e-6)
-        # By norm: AdamW makes a part of the learning rate of a rounding where a gradient is near zero, which few are.
+        # Compared by norm: if a gradient is near zero, which is rare, AdamW turns a rounding of it into a visible step.
         apart = torch.cat([(their_adapter[name] - param).flatten() for name, param in adapter.items()])
         assert apart.norm() < 1e-3 * learning_rate * apart.numel() ** 0.5
         assert sha256 == ranks[0][3] and piece == -(-longest // num_pieces)
@@ -50,9 +50,9 @@ def test_two_ranks_on_each_row_train_as_one(config, tmp_path, monkeypatch, famil
         config, quantization=quantization, lora_target_modules=["all-linear"], learning_rate=1e-4, warmup_steps=0,
         lora_dropout=0.0,
     )  # fmt: skip
-    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):  # drawn for each piece
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):  # drawn for each piece, so it would differ
         if hasattr(CONFIGS[family], name):
-            monkeypatch.setattr(CONFIGS[family], name, 0.0)  # the other tests' families keep theirs
+            monkeypatch.setattr(CONFIGS[family], name, 0.0)  # for this test only
     path = make_checkpoint(family, tmp_path)
     (whole,) = run_ranks(_train_on_rank, 1, config, path, Placement())
     assert all(p.any() for p in whole[2].values())
@@ -61,7 +61,7 @@ def test_two_ranks_on_each_row_train_as_one(config, tmp_path, monkeypatch, famil
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_packed_rows_are_shared_too(config, tmp_path, monkeypatch, family):
-    """Documents that lie across two ranks' pieces, and positions that begin again within one."""
+    """Documents cross from one rank's piece into the other's, and positions start again inside a piece."""
     config = dataclasses.replace(
         config, packing=True, max_length=50, learning_rate=1e-4, warmup_steps=0, lora_dropout=0.0
     )
@@ -72,7 +72,7 @@ def test_packed_rows_are_shared_too(config, tmp_path, monkeypatch, family):
     assert_close(run_ranks(_train_on_rank, 2, config, path, Placement(2, context_ranks=2)), whole, 1e-4, 2)
 
 
-# One group of two ranks, and more groups: the same bytes, wherever the base lies, with dropout on.
+# One or two groups of two ranks, under several placements and with dropout: the same bytes.
 GROUPS = {
     "2 ranks, fsdp": (2, Placement(2, context_ranks=2)),
     "2 ranks, ddp": (2, Placement(context_ranks=2)),

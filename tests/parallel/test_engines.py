@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 and the pipeline: the families of models, the bytes they hold and move."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3 and the pipeline: which model families work, and which bytes are held and moved."""
 
 import dataclasses
 from itertools import product
@@ -79,7 +79,7 @@ def test_packed_rows_train_the_same_adapter_everywhere(config, tmp_path, family)
 
 
 def _watch_zero3_on_rank(rank, config, zero_optimization):
-    """Gathered bytes alive: (after loading, at each layer's end in forward and backward, after the step), and sizes."""
+    """Gathered bytes that are alive (after loading, at most after a layer, after the step); then bytes of the base."""
     placement = Placement(2, deepspeed=zero(3, **zero_optimization))
     model = load_placed(placement, config.quantization, torch.bfloat16)
     base, layers = base_bytes(model), decoder_layers(model)
@@ -99,7 +99,7 @@ def _watch_zero3_on_rank(rank, config, zero_optimization):
     run.model.train()
     for step in range(2):
         train_step(run.training, step)
-    assert len(seen) == 2 * G // 2 * (2 * len(layers) - 1)  # backward ends in the first layer, which has no hook then
+    assert len(seen) == 2 * G // 2 * (2 * len(layers) - 1)  # in backward the first layer calls no hook
     biggest = max(base_bytes(layer).total for layer in layers)
     return loaded, max(seen), alive(), biggest, base, sum(vectors.values())
 
@@ -110,22 +110,24 @@ def test_zero3_holds_half_and_frees_what_it_gathers(config, quantization):
     for loaded, seen, after, _, base, vectors in run_ranks(_watch_zero3_on_rank, 2, config, GATHER_LITTLE):
         assert (loaded, seen, after, vectors) == (0, 0, 0, 0)
         assert base.quantized_held * 2 == base.quantized_total
-        assert base.held < 0.51 * base.total  # norms are whole
+        assert base.held < 0.51 * base.total  # norms are not sharded
 
 
 def test_zero3_by_itself_keeps_vectors_and_at_most_some_layers(config):
-    """DeepSpeed's own values, absolute numbers, would keep all of a small base on every rank."""
+    """DeepSpeed's default thresholds are absolute numbers; they would keep all of a small base on every rank."""
     for loaded, seen, after, layer, base, vectors in run_ranks(_watch_zero3_on_rank, 2, config, {}):
         assert loaded == after == 0
         assert seen <= 3 * layer
         assert 0.5 * base.total + vectors < base.held < 0.53 * base.total
-    whole = {"stage3_param_persistence_threshold": 10**9}  # base_bytes says so: the partition, and the whole
+    whole = {
+        "stage3_param_persistence_threshold": 10**9
+    }  # keeps everything whole: base_bytes counts the partition and the whole
     for *_, base, _ in run_ranks(_watch_zero3_on_rank, 2, config, whole):
         assert 1.49 * base.total < base.held < 1.5 * base.total
 
 
 def _rows_on_rank(rank, config, placement):
-    """Rows that entered the model in a step's forwards on this rank, and the state of the optimizer in numbers."""
+    """(rows that this rank computes in a step, elements of the optimizer's state, trained parameters)."""
     run = make_run(config, load_placed(placement, config.quantization, torch.float32), placement)
     rows, layers = [], decoder_layers(run.model)
     first = layers[run.training.pipeline.layers.start if run.training.pipeline else 0]
@@ -156,7 +158,7 @@ def _cached_on_rank(rank, cache, placement):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_quantized_cache(tmp_path, engine):
-    """Written from rows: before DeepSpeed takes them, or before the stages of a pipeline read it."""
+    """The ranks write it from their rows: before DeepSpeed gets them, or before the stages of a pipeline read it."""
     num_ranks, placement = ENGINES[engine]
     first = run_ranks(_cached_on_rank, num_ranks, tmp_path / "cache", placement)
     assert run_ranks(_cached_on_rank, num_ranks, tmp_path / "cache", placement) == first
@@ -203,4 +205,4 @@ def test_the_schedule(num_micro_batches, num_stages):
 
 
 def test_families_whose_layers_return_tuples_are_known():
-    assert {"bloom", "falcon"} == RETURN_TUPLES  # test_families_train_as_on_one_rank fails where one is missing
+    assert {"bloom", "falcon"} == RETURN_TUPLES  # test_families_train_as_on_one_rank fails if one is missing

@@ -1,4 +1,4 @@
-"""Where the base lies, and what moves: hybrid copies, host offload, one gather a step, the order of the gathers."""
+"""FSDP2: several copies, offload to the host, one gather per step, and the order of the gathers."""
 
 import dataclasses
 import gc
@@ -57,7 +57,7 @@ def _hybrid_on_rank(rank, config):
 def test_two_copies_over_two_ranks_each(config, alone):
     whole, layers, expected = alone
     for rank, (meshes, held, outcomes, gathered) in enumerate(run_ranks(_hybrid_on_rank, 4, config)):
-        assert meshes == {(0, 1) if rank < 2 else (2, 3)}  # neighbours: those of a node
+        assert meshes == {(0, 1) if rank < 2 else (2, 3)}  # neighbours, so that a copy is inside a node
         assert held == whole / 2
         assert gathered == MICRO_BATCHES * (whole + layers)  # among two ranks, not four
         assert_same(outcomes, expected)
@@ -86,7 +86,7 @@ def _state(module):
 
 
 def test_offloaded_to_the_host_it_computes_the_same_and_nothing_is_written_back(config, alone):
-    """On CPU the host is the device: what is shown is that the path computes the same. Pinning: on a GPU, not run."""
+    """On a CPU the host is the device, so this shows only that the code computes the same. Pinned memory: not run."""
     for outcomes in run_ranks(_offload_on_rank, 2, config):
         assert_same(outcomes, alone[2])
 
@@ -109,8 +109,8 @@ def test_gather_once_gathers_each_group_once_until_it_is_released(config, alone)
     whole, layers, expected = alone
     for outcomes, calls, num_bytes, whole_layers, held in run_ranks(_gather_once_on_rank, 2, config):
         assert (calls, num_bytes) == (4 + 1, whole)  # instead of MICRO_BATCHES * (2 * 4 + 1) and more bytes
-        assert whole_layers == 24  # all linears were whole in the window
-        assert held == whole / 2  # and are not after it
+        assert whole_layers == 24  # before the release all linears are whole
+        assert held == whole / 2  # and after it none is
         assert_same(outcomes, expected)
 
 
@@ -134,7 +134,7 @@ def _order_on_rank(rank, config):
 
 
 def test_the_next_layer_is_gathered_before_this_one_computes(config):
-    """On a GPU that is what lets the gather run beside the computation; here the order is what can be seen."""
+    """On a GPU this lets the gather run during the computation. On a CPU only the order can be tested."""
     for events in run_ranks(_order_on_rank, 2, config):
         forward = events[: events.index(("forward", 3)) + 1]
         gathers_before = [forward[: forward.index(("forward", n))].count("gather") for n in range(4)]
@@ -151,7 +151,7 @@ def bytes_alive() -> int:
 
 
 def _fifty_steps_on_rank(rank, config, path):
-    """(highest bytes alive inside the step, bytes alive after it), of the second step and of the fiftieth."""
+    """(highest number of live bytes in a step, live bytes after it), for the second and the fiftieth step."""
     model, seen, done = adapted(config, load_sharded("int8", path=path)), {}, []
 
     def look(*_):

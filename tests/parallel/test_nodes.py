@@ -1,4 +1,4 @@
-"""Hybrid sharding on two nodes, which are network namespaces joined by one cable: what crosses it is counted."""
+"""hsdp on two nodes, which are network namespaces joined by one cable. The bytes that cross it are counted."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def ip(*words):
 
 @pytest.fixture
 def nodes():
-    """Names of two namespaces, 10.213.7.1 and 10.213.7.2, and of each one's end of the cable."""
+    """[(name of a namespace, name of its end of the cable)] for 10.213.7.1 and 10.213.7.2."""
     names = [f"node{end}-{os.getpid()}" for end in "ab"]
     try:
         for name in names:
@@ -93,4 +93,4 @@ def test_the_base_never_crosses_nodes(nodes):
     hybrid, flat = run_on(nodes, 2), run_on(nodes, 4)
     assert all(rank["gathered"] == pytest.approx(gathered, rel=1e-3) for rank in hybrid + flat)  # 4 ranks: padding
     assert all(rank["crossed"] < 0.01 * gathered for rank in hybrid), hybrid  # barriers and keep-alives
-    assert all(rank["crossed"] > gathered for rank in flat), flat  # two ranks a node take half of it from the other
+    assert all(rank["crossed"] > gathered for rank in flat), flat  # each node gets half of it from the other one

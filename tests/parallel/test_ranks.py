@@ -1,4 +1,4 @@
-"""A rank may come late to the meeting, from a slow tokenizer; after it, a rank that stays away is a fault."""
+"""Ranks wait a long time for each other at the start, but not later; and they compare what must be the same."""
 
 import dataclasses
 import os
@@ -55,7 +55,7 @@ def test_ranks_wait_for_a_late_one_and_not_for_one_that_stays_away():
 
 
 def _compare_on_rank(rank, config, texts):
-    """What is said where the file of this name holds `texts[rank]`, as on machines without a shared disk."""
+    """The error if the data file holds `texts[rank]` on each rank, as on machines without a shared disk."""
     Accelerator(cpu=True)
     folder = f"{config.output_dir}/{rank}"
     os.makedirs(folder)
