@@ -20,8 +20,8 @@ def step_metrics(run: Run, result: StepResult, step_time_s: float) -> dict[str, 
     training, progress, ranks = run.training, run.progress, run.accelerator.num_processes
     batches, values = training.micro_batches, {}
     sequences = batches.per_step * batches.sequences
-    if batches.per_epoch:  # not known for a stream
-        values = {"train/epoch": progress.step * sequences / batches.per_epoch}
+    if batches.sequences_per_epoch:  # not known for a stream
+        values = {"train/epoch": progress.step * sequences / batches.sequences_per_epoch}
     measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
     if not result.bad:
         measured["train/mean_token_accuracy"] = result.accuracy
@@ -116,7 +116,7 @@ def run_summary(run: Run) -> dict:
         "strategy": run.strategy.name,
         "quantization": run.config.quantization,
         "base_bytes_total": run.base.num_bytes.total,
-        "base_bytes_per_rank": run.base.num_bytes.per_rank,
+        "base_bytes_per_rank": run.base.num_bytes.held,
         "expected": dataclasses.asdict(run.base.expected),
         "trainable_params": trainable,
         "all_params": total,
