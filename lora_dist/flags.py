@@ -1,4 +1,4 @@
-"""Reads settings from a command line and from `--config FILE.yaml`."""
+"""Reads settings from a command line and from `--config FILE.yaml`; names the likely flag for a mistyped one."""
 
 import copy
 import dataclasses
@@ -11,27 +11,57 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from lora_dist.config import GROUPS, TrainConfig
+from lora_dist.environment import shipped
 from lora_dist.errors import UserError, did_you_mean, require
 
-# Flags that users of other tools type, and what does the same here.
+# What to type here for the names of other tools (TRL, axolotl, LLaMA-Factory, torchtune).
 SAME_AS = {
-    "lr": "--learning_rate", "epochs": "--num_train_epochs", "steps": "--max_steps", "max_seq_length": "--max_length",
-    "max_seq_len": "--max_length", "cutoff_len": "--max_length", "sequence_len": "--max_length",
-    "batch_size": "--per_device_train_batch_size", "micro_batch_size": "--per_device_train_batch_size",
-    "train_batch_size": "--per_device_train_batch_size", "eval_batch_size": "--per_device_eval_batch_size",
-    "grad_accum": "--gradient_accumulation_steps", "bf16": "--mixed_precision bf16", "fp16": "--mixed_precision fp16",
-    "fp32": "--mixed_precision no", "precision": "--mixed_precision", "load_in_4bit": "--quantization nf4",
-    "load_in_8bit": "--quantization int8", "bits": "--quantization nf4 or int8", "model": "--model_name_or_path",
-    "base_model": "--model_name_or_path", "dataset": "--dataset_name", "data": "--dataset_name",
-    "train_file": "--dataset_name", "r": "--lora_r", "rank": "--lora_r", "lora_rank": "--lora_r",
-    "alpha": "--lora_alpha", "dropout": "--lora_dropout", "target_modules": "--lora_target_modules",
-    "lora_target": "--lora_target_modules", "sample_packing": "--packing true", "wandb": "--report_to wandb",
-    "resume": "--resume_from_checkpoint", "output": "--output_dir", "gradient_clipping": "--max_grad_norm",
-    "max_samples": "--max_steps", "group_by_length": "--train_sampling_strategy group_by_length",
-    "fsdp": "accelerate launch --config_file accelerate_configs/fsdp.yaml",
-    "num_processes": "accelerate launch --num_processes N, before the recipe",
-}  # fmt: skip
-
+    name: here
+    for here, names in {
+        "--model_name_or_path": "model base_model model_name model_id",
+        "--dataset_name": "dataset datasets data data_path train_file",
+        "--output_dir": "output out_dir run_name",
+        "--max_length": "max_seq_length max_seq_len seq_len cutoff_len sequence_len block_size",
+        "--learning_rate": "lr",
+        "--num_train_epochs": "epochs num_epochs",
+        "--max_steps": "steps max_samples max_steps_per_epoch",
+        "--warmup_steps": "warmup warmup_ratio num_warmup_steps",
+        "--lr_scheduler_type": "lr_scheduler scheduler",
+        "--per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+        "--per_device_eval_batch_size": "eval_batch_size",
+        "--gradient_accumulation_steps": "grad_accum accumulation_steps",
+        "--max_grad_norm": "gradient_clipping clip_grad_norm grad_clip",
+        "--gradient_checkpointing": "activation_checkpointing enable_activation_checkpointing",
+        "--optim": "optimizer",
+        "--mixed_precision": "precision dtype torch_dtype compute_type",
+        "--mixed_precision bf16": "bf16 pure_bf16",
+        "--mixed_precision fp16": "fp16",
+        "--mixed_precision no": "fp32",
+        "--quantization nf4": "load_in_4bit qlora",
+        "--quantization int8": "load_in_8bit",
+        "--quantization nf4 or --quantization int8": "bits quantization_bit",
+        "--lora_r": "r rank lora_rank",
+        "--lora_alpha": "alpha",
+        "--lora_dropout": "dropout",
+        "--lora_target_modules": "target_modules lora_target lora_attn_modules",
+        "--lora_target_modules all-linear": "lora_target_linear",
+        "--chat_template FILE.jinja": "template",
+        "--packing true": "sample_packing neat_packing",
+        "--train_sampling_strategy group_by_length": "group_by_length",
+        "--train_on_inputs true": "train_on_prompt train_on_input",
+        "--train_on_inputs false": "completion_only_loss assistant_only_loss",
+        "--eval_fraction": "val_set_size val_size test_size",
+        "--eval_steps N": "eval_strategy evaluation_strategy do_eval",
+        "--save_steps N": "save_strategy",
+        "--resume_from_checkpoint": "resume lora_model_dir",
+        "another --output_dir": "overwrite_output_dir",
+        "--report_to wandb": "wandb use_wandb",
+        "the variables WANDB_PROJECT and WANDB_ENTITY": "wandb_project wandb_entity",
+        "lora-dist train RECIPE --config_file fsdp, or accelerate launch": "fsdp config_file",
+        "lora-dist train RECIPE --num_processes N, or accelerate launch": "num_processes nproc_per_node",
+    }.items()
+    for name in names.split()
+}
 
 METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
 RULES = {"int": "must be a whole number", "float": "must be a number"}
@@ -51,8 +81,10 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 class _Parser(HfArgumentParser):
+    """The flags of all settings, in groups. Raises UserError for a wrong value."""
+
     def _parse_dataclass_field(self, parser, field):
-        """Called by the constructor for each setting; puts it into the group of its class."""
+        """Adds the flag of a setting to the group of its class. HfArgumentParser calls it for each setting."""
         title = next(group.__doc__ for group in GROUPS if field.name in group.__dataclass_fields__)
         found = [group for group in self._action_groups if group.title == title]
         group = found[0] if found else self.add_argument_group(title)
@@ -66,8 +98,9 @@ class _Parser(HfArgumentParser):
             if action.option_strings[0].startswith("--no_"):  # the negation that HfArgumentParser adds
                 action.help = SUPPRESS
 
-    def error(self, message):  # argparse would print its usage and exit here, on every rank
-        message = re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message)  # a flag has two spellings
+    def error(self, message):
+        """Raises UserError; argparse would print its usage and exit, on every rank."""
+        message = re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message)  # names the flag in two spellings
         if wrong := re.fullmatch(r"(--\w+): invalid (int|float) value: '(.*)'", message):
             message = f"{wrong[1]} {wrong[3]}: {RULES[wrong[2]]}"
         elif wrong := re.match(r"(--\w+): Truthy value expected: got (.*) but expected", message):
@@ -83,7 +116,8 @@ def _parser(defaults: TrainConfig, description: str, prog: str | None = None) ->
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
-        help="Settings from a file, e.g. the config.yaml of an earlier run; flags override it.",
+        help="Settings from a file, e.g. the config.yaml of an earlier run; or the name of a file in recipes/configs, "
+        "e.g. llama3_8b. Flags override it.",
     )
     parser.set_defaults(**dataclasses.asdict(defaults))
     return parser
@@ -98,13 +132,14 @@ def parse_config(
     """
     parser = _parser(defaults, description, prog)
     file = parser.parse_known_args(argv)[0].config
-    settings = _read_yaml(Path(file)) if file else {}
+    settings = _read_yaml(file) if file else {}
     if file:
         _check_file(_parser(defaults, description), file, settings)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-        if f"--{name}" in argv:  # a flag replaces the other one in the file
+        if name in given:  # a flag replaces the other one in the file
             settings.pop(other, None)
-        if f"--{name}" in argv or settings.get(name) is not None:
+        if name in given or settings.get(name) is not None:
             parser.set_defaults(**{other: None})
     argv = as_flags(settings) + argv
     config, _, unknown = parser.parse_args_into_dataclasses(
@@ -118,10 +153,11 @@ def parse_config(
 def parse_recipe_config(
     defaults: TrainConfig, argv: list[str], *, gpu: dict, embedded: dict, on_gpu: bool, description: str = ""
 ) -> TrainConfig:
-    """`parse_config`, with the base and data that the recipe uses with or without a GPU where no flag names them.
+    """`parse_config`, plus the recipe's base and data for this machine if no flag names them. Raises UserError.
 
-    `gpu` and `embedded` are settings. Their `dataset_...` settings are the defaults for their `dataset_name`, and their
-    other ones for their `model_name_or_path`, whether these were chosen here or named by a flag.
+    `gpu` and `embedded` are the settings for a machine with a GPU and for one without. Each names a base and a data
+    set. Its `dataset_...` settings become the defaults whenever its data set is used, and its other settings whenever
+    its base is used, even if a flag named them. A flag always wins over these defaults.
     """
     asked = parse_config(defaults, argv, description=description)
     chosen, fitting = gpu if on_gpu else embedded, {}
@@ -143,7 +179,10 @@ def hint(name: str) -> str:
     return did_you_mean(name, [*names, "config"], "--help lists them", prefix="--")
 
 
-def _read_yaml(path: Path) -> dict:
+def _read_yaml(file: str) -> dict:
+    path = shipped("recipes") / "configs" / f"{file}.yaml"
+    if not path.is_file():
+        path = Path(file)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:

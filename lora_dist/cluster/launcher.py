@@ -22,7 +22,7 @@ from lora_dist.signals import SIGNALS
 
 NUM_CPU_RANKS = 2  # if there is no GPU
 # Time for the other ranks to leave by themselves after one has failed: the watchdog needs up to 10 s of it.
-GRACE_S = 20.0
+GRACE_S = 15.0
 POLL_S = 0.05
 
 
@@ -85,7 +85,9 @@ def train(words: list[str]) -> int:
                     break
                 place = _place(rank, num_ranks) | {"TORCHELASTIC_ERROR_FILE": str(error_file)}
                 # In its own process group, a rank gets Ctrl-C once: from here, and not from the terminal as well.
-                ranks.append(subprocess.Popen(line, env=env | store_env | place, process_group=0))
+                ranks.append(
+                    subprocess.Popen(line, env=env | store_env | place, stdin=subprocess.DEVNULL, process_group=0)
+                )
             codes = wait_for_all(ranks)
         return _exit_code(codes, error_files, received)
 

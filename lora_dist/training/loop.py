@@ -14,6 +14,7 @@ from lora_dist.files import sync_files
 from lora_dist.model.adapters import check_identical, save_adapter, verify_adapter
 from lora_dist.parallel.ranks import any_rank, barrier, gather
 from lora_dist.run import watchdog
+from lora_dist.tracking.model_card import TrainingResult, write_model_card
 from lora_dist.tracking.report import write_report
 from lora_dist.training.checkpoint import Saver, restore
 from lora_dist.training.evaluation import complete_samples, evaluate
@@ -212,9 +213,24 @@ def save_adapter_checked(run: Run) -> None:
     folder, partial = run.folder.adapter, run.folder.partial_name(run.folder.adapter)
     if run.is_main:
         save_adapter(run.model, run.tokenizer, run.folder.make_partial(folder))
+        write_model_card(partial, run.config, training_result(run))
         sync_files(partial)
     barrier()
     verify_adapter(run.model, partial, run.training.probe, autocast=run.accelerator.autocast)
     barrier()  # another node's ranks may still be reading it
     if run.is_main:
         run.folder.put_in_place(partial, folder)
+
+
+def training_result(run: Run) -> TrainingResult:
+    """What the adapter's model card says about the run."""
+    progress, task = run.progress, run.training.micro_batches.task
+    return TrainingResult(
+        num_steps=progress.step,
+        sequences_per_step=run.config.per_device_train_batch_size * run.training.micro_batches.per_step,
+        tokens_seen=progress.tokens_seen,
+        eval_loss_base=progress.eval_loss_base,
+        eval_loss=progress.eval_loss if run.held_out else None,
+        scores=run.scores,
+        classes=tuple(run.model.config.id2label.values()) if task.has_classes else (),
+    )

@@ -1,5 +1,6 @@
 """One run: the parts that its steps, evaluations, checkpoints and summary work with."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ from lora_dist.run.folder import RunFolder
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training.step import StepResult, Training
 
-NUM_RECENT_LOSSES = 50  # that a loss is compared with
+NUM_RECENT_LOSSES = 50  # a new loss is compared with these to find spikes
+NUM_MEAN_LOSSES = 10  # of the first and of the last steps; their means are printed at the end
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Progress:
     trained_tokens_seen: int = 0
     train_time_s: float = 0.0
     loss_first: float | None = None
+    first_losses: list[float] = field(default_factory=list)
     eval_loss_base: float | None = None  # at step 0
     eval_loss: float | None = None  # of eval_step
     eval_step: int | None = None
@@ -61,7 +64,14 @@ class Progress:
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if result.bad else 0
         if not result.bad:
             self.loss_first = result.loss if self.loss_first is None else self.loss_first
+            self.first_losses = [*self.first_losses, result.loss][:NUM_MEAN_LOSSES]
             self.recent_losses = [*self.recent_losses, result.loss][-NUM_RECENT_LOSSES:]
+
+    def mean_losses(self) -> tuple[float, float, int]:
+        """(mean loss of the first n steps, of the last n steps, n); n is smaller in a run of a few steps."""
+        num_steps = max(1, min(NUM_MEAN_LOSSES, len(self.recent_losses) // 2))
+        first, last = self.first_losses[:num_steps], self.recent_losses[-num_steps:]
+        return statistics.fmean(first), statistics.fmean(last), num_steps
 
     def summary(self, num_steps: int) -> dict:
         """What `state.json` says about it. `num_steps`: of the whole run."""

@@ -2,6 +2,8 @@
 
 import datetime
 import math
+import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -11,19 +13,18 @@ from tqdm import tqdm
 
 from lora_dist.data.tasks import TASKS
 from lora_dist.model.adapters import parameter_counts
-from lora_dist.model.placement import describe
-from lora_dist.model.quantize_model import quantized_share
+from lora_dist.model.placement import describe_placement
+from lora_dist.model.quantize_model import quantized_fraction
 from lora_dist.parallel.fsdp import decoder_layers
 from lora_dist.run.folder import STEP
 from lora_dist.training.run import Run
 from lora_dist.training.step import StepResult
+from lora_dist.units import mib
 
-LINE_INTERVAL_S = 30.0  # between two progress lines if there is no terminal
-NUM_RECENT_STEPS = 20  # whose mean time gives the time left
-
-
-def mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.2f} MiB"
+LINE_INTERVAL_S = 30.0  # between two progress lines if stderr is not a terminal
+NUM_RECENT_STEPS = 20  # the time left is estimated from their mean time
+LINE_WIDTH = 98  # of the progress line with a bar of BAR_WIDTH; a narrower terminal gets a shorter bar
+BAR_WIDTH = 20
 
 
 def banner(run: Run) -> str:
@@ -36,8 +37,8 @@ def banner(run: Run) -> str:
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
         f"strategy: {run.strategy.name} ({run.strategy.summary})",
-        f"placement: {describe(run.base.placement, len(decoder_layers(run.model)), ranks)}",
-        f"base: {config.quantization}, {quantized_share(run.model)[0]:.0%} of the layers' weights; {_held(run)}",
+        f"placement: {describe_placement(run.base.placement, len(decoder_layers(run.model)), ranks)}",
+        f"base: {config.quantization}, {quantized_fraction(run.model)[0]:.0%} of the layers' weights; {_held(run)}",
         f"batch: {config.per_device_train_batch_size} sequences x {per_step} micro-batches, shared by {ranks} rank(s)"
         f" = {sequences} sequences a step, {training.num_steps} steps",
         *([f"memory: at most {expected} expected per rank, for base and training"] if expected else []),
@@ -46,37 +47,60 @@ def banner(run: Run) -> str:
 
 
 def closing_lines(run: Run, summary: dict) -> str:
-    """What came out, from the `summary` of state.json."""
-    lines = []
-    if not run.is_complete:
-        saved, _ = run.folder.newest_whole_checkpoint()
-        kept = f"saved {saved}" if saved else "nothing to save yet"
-        lines.append(f"preempted: {kept}, {summary['steps']} of {run.training.num_steps} steps")
-    if summary["loss_first"] is not None:
-        first, last = summary["loss_first"], summary["loss_last"]
-        lines.append(f"loss: {first:.4f} at the start, {last:.4f} at the end ({summary['steps']} steps)")
-    if summary["eval_loss"] is not None:
-        before, after, what = summary["eval_loss_base"], summary["eval_loss"], "loss"
-        if not TASKS[run.config.task_type].has_classes:
-            before, after, what = math.exp(before), math.exp(after), "perplexity"
-        lines.append(f"held-out {what}: {before:.2f} base, {after:.2f} base + adapter")
-    for name in [name for name in run.scores if f"{name}_base" in run.scores]:
-        before, after = run.scores[f"{name}_base"], run.scores[name]
-        lines.append(f"held-out {name.replace('_', ' ')}: {before:.2f} base, {after:.2f} base + adapter")
-    lines.append(f"base: {_held(run)}")
-    lines.append(_memory_line(run, summary))
+    """What came out and what to do next. `summary` is the one of state.json."""
+    lines = [_loss_line(run)] if summary["loss_first"] is not None else []
+    lines += _held_out_lines(run, summary)
+    lines += [f"base: {_held(run)}", _memory_line(run, summary)]
     if summary["tokens_per_second"]:
         lines.append(f"tokens per second: {summary['tokens_per_second']:.0f} (all ranks, padding not counted)")
     lines += _sample_lines(run, summary["steps"])
-    lines.append(f"run folder: {run.folder.root}")
-    return "\n".join(lines)
+    lines += [f"run folder: {run.folder.root}", f"report: {run.folder.report}"]
+    return "\n".join([*lines, *(_adapter_lines(run) if run.is_complete else _resume_lines(run, summary["steps"]))])
+
+
+def _loss_line(run: Run) -> str:
+    first, last, num_steps = run.progress.mean_losses()
+    if num_steps == 1:
+        return f"loss: {first:.4f} in the first step, {last:.4f} in the last of {run.progress.step}"
+    return f"loss: {first:.4f} (mean of the first {num_steps} steps), {last:.4f} (mean of the last {num_steps} steps)"
+
+
+def _held_out_lines(run: Run, summary: dict) -> list[str]:
+    """Loss or perplexity, and the recipe's scores, each without and with the adapter."""
+    lines = []
+    if summary["eval_loss"] is not None:
+        before, after, name = summary["eval_loss_base"], summary["eval_loss"], "loss"
+        if not TASKS[run.config.task_type].has_classes:
+            before, after, name = math.exp(before), math.exp(after), "perplexity"
+        lines.append(f"held-out {name}: {before:.2f} base, {after:.2f} base + adapter")
+    for name in [name for name in run.scores if f"{name}_base" in run.scores]:
+        before, after = run.scores[f"{name}_base"], run.scores[name]
+        lines.append(f"held-out {name.replace('_', ' ')}: {before:.2f} base, {after:.2f} base + adapter")
+    return lines
+
+
+def _adapter_lines(run: Run) -> list[str]:
+    lines = [f"adapter: {run.folder.adapter}"]
+    if run.config.task_type == "CAUSAL_LM":  # the task of `lora-dist generate`
+        prompt = shlex.quote(run.config.sample_prompt or "...")
+        lines.append(f"try it: lora-dist generate --adapter {shlex.quote(str(run.folder.adapter))} {prompt}")
+    return lines
+
+
+def _resume_lines(run: Run, step: int) -> list[str]:
+    checkpoint, _ = run.folder.newest_whole_checkpoint()
+    saved = f"saved {checkpoint}" if checkpoint else "nothing to save yet"
+    return [
+        f"preempted: {saved}, {step} of {run.training.num_steps} steps",
+        f"to go on: the same command with --output_dir {shlex.quote(str(run.folder.root))}",
+    ]
 
 
 def _held(run: Run) -> str:
     base = run.base.num_bytes
     return (
-        f"{mib(base.per_rank)} of {mib(base.total)} held per rank; "
-        f"of its quantized weights {mib(base.quantized_per_rank)} of {mib(base.quantized_total)}"
+        f"{mib(base.held)} of {mib(base.total)} held per rank; "
+        f"quantized weights: {mib(base.quantized_held)} of {mib(base.quantized_total)}"
     )
 
 
@@ -86,14 +110,12 @@ def _expected_peak(run: Run) -> str | None:
 
 
 def _memory_line(run: Run, summary: dict) -> str:
-    fullest = max(summary["peak_memory_bytes_per_rank"])
-    expected = f"at most {_expected_peak(run)} expected per rank, " if _expected_peak(run) else ""
+    peak, expected = max(summary["peak_memory_bytes_per_rank"]), _expected_peak(run)
+    expected = f"at most {expected} expected; " if expected else ""
     if run.device.type == "cuda":
-        return f"memory: {expected}at most {mib(fullest)} allocated"
+        return f"memory per rank: {expected}{mib(peak)} allocated at the peak"
     before = max(summary["memory_before_bytes_per_rank"])
-    return (
-        f"memory: {expected}not counting the process, which held at most {mib(fullest)}, {mib(before)} before the base"
-    )
+    return f"memory per rank: {expected}the process peaked at {mib(peak)}, at {mib(before)} before it loaded the base"
 
 
 def _sample_lines(run: Run, last_step: int) -> list[str]:
@@ -108,18 +130,13 @@ def _sample_lines(run: Run, last_step: int) -> list[str]:
 
 
 class ProgressLine:
-    """How far the run is: one line that is redrawn on a terminal, and printed every 30 seconds elsewhere.
-
-    Shows nothing unless `shown`.
-    """
+    """Shows how far the run is, if `shown`: a line that is redrawn on a terminal, or a new one every 30 s elsewhere."""
 
     def __init__(self, num_steps: int, step: int, *, shown: bool):
         self.num_steps, self.shown = num_steps, shown
         self._times_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
         self._printed_s = time.monotonic()
-        on_terminal = shown and sys.stderr.isatty()
-        bar_format = "{percentage:3.0f}%|{bar:20}| {desc}"
-        self._bar = tqdm(total=num_steps, initial=step, bar_format=bar_format) if on_terminal else None
+        self._bar = _progress_bar(num_steps, step) if shown and sys.stderr.isatty() else None
 
     def update(self, step: int, result: StepResult, step_time_s: float, peak_bytes: int) -> None:
         """Call after each step. `step`: steps completed. `peak_bytes`: of this rank's memory."""
@@ -141,3 +158,12 @@ class ProgressLine:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _progress_bar(num_steps: int, step: int) -> tqdm:
+    # tqdm draws nothing on a terminal that reports 0 columns and rows, as a fresh pseudo-terminal does; shutil gives
+    # 80 and 24 for it.
+    columns, rows = shutil.get_terminal_size()
+    width = max(1, BAR_WIDTH - max(0, LINE_WIDTH - columns))
+    bar_format = f"{{percentage:3.0f}}%|{{bar:{width}}}| {{desc}}"
+    return tqdm(total=num_steps, initial=step, bar_format=bar_format, ncols=columns, nrows=rows)

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from lora_dist import environment
+from lora_dist.cluster.recipe import LAUNCHER_PREFIXES
 from lora_dist.cluster.slurm import SlurmOptions
-from lora_dist.cluster.submission import OF_LAUNCHERS, job_of, read_submission, write_job
+from lora_dist.cluster.submission import job_of, read_submission, write_job
 from lora_dist.errors import UserError
 from tests.helpers.ranks import BIN, ROOT
 
@@ -44,7 +44,7 @@ def test_the_environment_is_what_accelerate_launch_makes(tmp_path, name):
     subprocess.run([*command, str(script)], capture_output=True, check=True)
     launched = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(launched) == num_ranks
-    expected = {key: value for key, value in launched[0].items() if key.startswith(OF_LAUNCHERS)}
+    expected = {key: value for key, value in launched[0].items() if key.startswith(LAUNCHER_PREFIXES)}
     assert "ACCELERATE_MIXED_PRECISION" in expected
     found = read(tmp_path, config_file=config_file, options=SlurmOptions(ranks_per_node=num_ranks)).env()
     assert found == expected
@@ -118,7 +118,8 @@ def test_ranks_ask_the_hub_only_where_they_must(tmp_path, flags, offline, expect
     ],
 )
 def test_the_config_by_default(tmp_path, options, expected):
-    assert read(tmp_path, config_file=None, options=options).config_file == Path(f"accelerate_configs/{expected}.yaml")
+    found = read(tmp_path, config_file=None, options=options).config_file
+    assert found == ROOT / f"accelerate_configs/{expected}.yaml"
 
 
 def test_a_config_that_accelerate_cannot_read_is_one_line(tmp_path):
