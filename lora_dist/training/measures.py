@@ -10,7 +10,7 @@ from lora_dist.model.adapters import parameter_counts
 from lora_dist.model.flops import peak_tflops, step_work
 from lora_dist.parallel.ranks import gather, gather_numbers
 from lora_dist.parallel.zero import is_partitioned
-from lora_dist.tracking.metric_names import MOST_RANKS
+from lora_dist.tracking.metric_names import MAX_RANKS_SHOWN
 from lora_dist.training.run import Run
 from lora_dist.training.step import StepResult
 
@@ -74,7 +74,7 @@ def rank_metrics(run: Run, result: StepResult) -> dict[str, float | str]:
 
 
 def summarise(names: list[str], ranks: list[list[float]], hosts: list[str]) -> dict[str, float | str]:
-    """Metrics of all ranks: one per rank, or their least, mean and greatest above MOST_RANKS; and the worst rank.
+    """Metrics of all ranks: one per rank, or their least, mean and greatest above MAX_RANKS_SHOWN; and the worst rank.
 
     `ranks[r]` holds rank r's value for each of `names`, followed on a GPU by the allocator's retries and out-of-memory
     count. `hosts[r]` is rank r's host.
@@ -82,11 +82,11 @@ def summarise(names: list[str], ranks: list[list[float]], hosts: list[str]) -> d
     values: dict[str, float | str] = {}
     for name, numbers in zip(names, zip(*ranks, strict=True), strict=False):
         group, _, what = name.partition("/")
-        if len(ranks) <= MOST_RANKS:
+        if len(ranks) <= MAX_RANKS_SHOWN:
             values |= {f"{group}/rank{rank}/{what}": number for rank, number in enumerate(numbers)}
         if group == "memory":
             values[f"memory/max_{what}"] = max(numbers)
-            if len(ranks) > MOST_RANKS:
+            if len(ranks) > MAX_RANKS_SHOWN:
                 values |= {f"memory/min_{what}": min(numbers), f"memory/mean_{what}": sum(numbers) / len(numbers)}
     first, peaks = ([row[column] for row in ranks] for column in (0, 1))
     slowest, worst = first.index(min(first)), peaks.index(max(peaks))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lora_dist.config import TrainConfig
 from lora_dist.run.folder import STEP, RunFolder
-from lora_dist.tracking.report import RunData, write_report
+from lora_dist.tracking.record import RunRecord
+from lora_dist.tracking.report import write_report
 
 GIB = 2**30
 SUMMARY = {
@@ -61,7 +62,7 @@ def page(folder: RunFolder) -> str:
 def another(folder: RunFolder, name: str, **changes) -> RunFolder:
     other = RunFolder(folder.root.parent / name)
     other.root.mkdir()
-    config = RunData(folder).config | changes
+    config = RunRecord(folder).config | changes
     other.config.write_text(json.dumps(config))
     other.write_state("completed", 10, SUMMARY)
     lines = [

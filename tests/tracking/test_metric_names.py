@@ -10,7 +10,7 @@ DOCS = Path(__file__).parents[2] / "docs/metrics.md"
 
 
 def test_the_docs_are_the_table():
-    rows = "".join(f"| `{m.name}` | {m.unit} | {m.when} | {m.what} |\n" for m in METRICS)
+    rows = "".join(f"| `{m.name}` | {m.unit} | {m.when} | {m.meaning} |\n" for m in METRICS)
     text = DOCS.read_text(encoding="utf-8")
     head, rule, rest = text.partition("|---|---|---|---|\n")
     tail = rest[re.match(r"(\|.*\n)*", rest).end() :]

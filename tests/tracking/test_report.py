@@ -9,7 +9,10 @@ import pytest
 from lora_dist.errors import UserError
 from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.tracking.charts import MAX_DOTS, MAX_POINTS, Series, draw, thin, tick_text, ticks
-from lora_dist.tracking.report import RunData, duration, memory, share, size, time_spent, write_comparison
+from lora_dist.tracking.record import RunRecord
+from lora_dist.tracking.report import time_spent, write_comparison
+from lora_dist.tracking.report_memory import memory_bars
+from lora_dist.units import duration, percent, size
 from tests.helpers.reported_runs import AGAIN, GIB, START, SUMMARY, another, make_folder, page, step_line
 
 
@@ -31,7 +34,7 @@ def test_text_of_users_is_text(folder):
     assert "Two &lt;things&gt;" in text and "after &lt;b&gt;all&lt;/b&gt;" in text and "are &amp; were" in text
     assert "<b>all" not in text and "<things>" not in text
     assert text.index("before") < text.index("between")  # in the details below the two that count
-    assert "1 between" in text
+    assert "1 in between" in text
 
 
 def test_nothing_is_fetched(folder):
@@ -46,12 +49,12 @@ def test_where_a_run_was_started_again_is_marked(folder):
     circles = re.findall(r'cx="([\d.]+)"', loss)
     first, last = float(circles[0]), float(circles[-1])  # the evaluations of steps 0 and 10
     assert float(mark) == pytest.approx(first + 0.4 * (last - first), abs=0.2)
-    assert "started again from here" in text and "killed" in text and "3 × fsdp" in text
+    assert "restarted from this step" in text and "killed" in text and "3 × fsdp" in text
     assert "2.13.1 (earlier: 2.13.0)" in text
 
 
 def test_where_the_time_went_adds_up(folder):
-    spent = time_spent(RunData(folder))
+    spent = time_spent(RunRecord(folder))
     seconds = {row["what"]: row["seconds"] for row in spent["rows"]}
     assert seconds == {
         "waiting for data": pytest.approx(1.0), "gathering layers": pytest.approx(2.0), "forward": pytest.approx(3.0),
@@ -60,7 +63,7 @@ def test_where_the_time_went_adds_up(folder):
         "loading the base, last start": 2.0,
     }  # fmt: skip
     assert spent["total"] == pytest.approx(22.5) and spent["all_logged"]
-    assert sum(row["share"] for row in spent["rows"]) == pytest.approx(1)
+    assert sum(row["fraction"] for row in spent["rows"]) == pytest.approx(1)
     assert "rank 0 100 ms, rank 1 300 ms" in page(folder)
     folder.metrics.write_text(folder.metrics.read_text().replace("perf/rank1/", "other/"))
     assert "waits least" not in page(folder)  # of one rank
@@ -69,14 +72,14 @@ def test_where_the_time_went_adds_up(folder):
 def test_steps_that_were_not_logged_are_as_those_that_were(folder):
     lines = [line for line in folder.read_metrics() if line[STEP] % 5 == 0]
     folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    spent = time_spent(RunData(folder))
+    spent = time_spent(RunRecord(folder))
     seconds = {row["what"]: row["seconds"] for row in spent["rows"]}
     assert seconds["forward"] == pytest.approx(3.0) and seconds["evaluating"] == 5.0 and not spent["all_logged"]
-    assert "are taken to be as those that were" in page(folder)
+    assert "are counted as if they took as long as the logged ones" in page(folder)
 
 
 def test_memory_is_drawn_beside_what_was_expected(folder):
-    drawn = memory(RunData(folder))
+    drawn = memory_bars(RunRecord(folder))
     first, second = drawn["rows"]
     assert first == {
         "name": "rank 0", "before": pytest.approx(100 / 3), "grown": pytest.approx(200 / 3),
@@ -90,7 +93,7 @@ def test_of_many_ranks_three_are_shown(folder):
     peaks = [(10 + (rank * 7) % 64) * GIB for rank in range(64)]
     many = {**SUMMARY, "peak_memory_bytes_per_rank": peaks, "memory_before_bytes_per_rank": [0] * 64, "expected": {}}
     folder.write_state("completed", 10, many)
-    drawn = memory(RunData(folder))
+    drawn = memory_bars(RunRecord(folder))
     assert [row["name"] for row in drawn["rows"]] == ["least: rank 0", "median: rank 32", "greatest: rank 9"]
     assert not drawn["on_cpu"] and drawn["rows"][2]["grown"] == 100 and drawn["rows"][0]["expected"] is None
 
@@ -99,7 +102,11 @@ def test_what_went_wrong_is_listed(folder):
     folder.append_lines(folder.bad_steps, [{"step": 3, "loss": "nan", "grad_norm": "1.0", "micro_batches": []}])
     folder.append_lines(folder.metrics, [{STEP: 10, "time": 1, "checkpoint/failed_saves": 1, "train/loss_spikes": 2}])
     text = page(folder)
-    assert "step 3 was skipped: loss nan" in text and "1 checkpoint could not" in text and "2 steps whose" in text
+    assert (
+        "step 3 was skipped: loss nan" in text
+        and "1 checkpoint could not" in text
+        and "2 steps with a loss far above" in text
+    )
     folder.write_state("completed", 10, {**SUMMARY, "skipped_steps": 4})
     assert "3 more steps skipped" in page(folder)
 
@@ -110,7 +117,7 @@ def faults(folder: RunFolder) -> str:
 
 def test_a_run_has_no_faults_only_where_it_had_none(folder):
     folder.starts.unlink()
-    assert "1 restart, of which nothing else was recorded" in faults(folder)
+    assert "1 restart, with no details recorded" in faults(folder)
     folder.restarts = 0
     folder.write_state("completed", 10, SUMMARY)
     assert "None." in faults(folder)
@@ -121,7 +128,7 @@ def test_a_run_has_no_faults_only_where_it_had_none(folder):
 
 
 def test_settings_stand_beside_their_defaults(folder):
-    changed, others = page(folder).split("Those that differ")[1].split("others, as by default")
+    changed, others = page(folder).split("Settings that differ")[1].split("settings have their default")
     assert re.search(r"<code>lora_r</code></th><td>7</td><td class=\"dim\">16</td>", changed)
     assert "lora_alpha" not in changed and "lora_alpha" in others
 
@@ -185,7 +192,7 @@ def test_rows_with_one_prompt_are_not_mixed(folder):
         assert (
             f"<h4>base</h4><p>s0r{i}</p>" in text and f"<h4>step 10</h4><p>s10r{i}</p>" in text and f"r{i}</p>" in text
         )
-    assert "between" not in page(folder)
+    assert "in between" not in page(folder)
     folder.samples.write_text(json.dumps({STEP: 5, "prompt": "p", "reference": None, "completion": "c"}) + "\n")
     assert "<h4>step 5</h4><p>c</p>" in page(folder) and "<h4>base</h4>" not in page(folder)
 
@@ -194,13 +201,13 @@ def test_memory_of_a_run_that_goes_on_is_its_last_line(folder):
     folder.write_state("running", 5)
     ranks = {f"memory/rank{rank}/peak_allocated_gib": 1.0 + rank for rank in (0, 1, 10, 2)}
     folder.append_lines(folder.metrics, [{STEP: 11, "time": 1.0, **ranks}, {STEP: 12, "time": 1.0}])
-    drawn = memory(RunData(folder))
+    drawn = memory_bars(RunRecord(folder))
     found = [(row["name"], row["peak"], row["expected"]) for row in drawn["rows"]]
     assert found[0] == ("rank 0", "1 GiB", None) and found[3] == ("rank 10", "11 GiB", None) and len(found) == 4
     assert "peak until step 11" in page(folder)
     many = {f"memory/{what}_peak_allocated_gib": gib for what, gib in (("min", 1.0), ("mean", 2.0), ("max", 4.0))}
     folder.append_lines(folder.metrics, [{STEP: 13, "time": 1.0, **many}])
-    rows = [(row["name"], row["grown"]) for row in memory(RunData(RunFolder(folder.root)))["rows"]]
+    rows = [(row["name"], row["grown"]) for row in memory_bars(RunRecord(RunFolder(folder.root)))["rows"]]
     assert rows == [("least", 25), ("mean", 50), ("greatest", 100)]
 
 
@@ -252,11 +259,11 @@ def write_long(folder: RunFolder) -> None:
 def test_of_many_samples_and_starts_the_page_says_how_many_it_leaves_out(folder):
     write_long(folder)
     text = page(folder)
-    assert "999 between, of which 8 are shown" in text and "171 earlier ones are in starts.jsonl" in text
+    assert "999 in between; 8 of them are shown" in text and "starts.jsonl holds 171 earlier starts" in text
     assert text.count('<circle class="dot') <= 3 * MAX_DOTS + 6  # loss wide and narrow, accuracy; and their legends
     prompts = [{STEP: 0, "prompt": f"p{i}", "completion": "c"} for i in range(23)]
     folder.samples.write_text("".join(json.dumps(line) + "\n" for line in prompts))
-    assert "3 more are in samples.jsonl" in page(folder)
+    assert "samples.jsonl holds 3 more prompts" in page(folder)
 
 
 def test_a_long_run_is_a_small_page_and_keeps_its_spikes(folder):
@@ -321,7 +328,7 @@ def test_numbers_have_few_digits():
     ]  # fmt: skip
     assert [size(v) for v in (512, 3 * 2**20, 1.29 * 2**20, 79.1 * GIB)] == ["0.5 KiB", "3 MiB", "1.29 MiB", "79.1 GiB"]
     assert [duration(v) for v in (0.00123, 2.5, 75, 3 * 3600 + 61)] == ["1.23 ms", "2.5 s", "1 min 15 s", "3 h 01 min"]
-    assert (share(0.123), share(0.0001)) == ("12.3%", "< 0.1%")
+    assert (percent(0.123), percent(0.0001)) == ("12.3%", "< 0.1%")
 
 
 def test_runs_are_compared(folder, tmp_path):
@@ -334,7 +341,7 @@ def test_runs_are_compared(folder, tmp_path):
     for title in ("Training loss", "Held-out loss"):  # lines, which have dashes; only colour tells dots apart
         chart = text[text.index(f"<figcaption>{title}") :].split("</figure>")[0]
         assert all(f'<polyline class="curve s{style}"' in chart for style in range(4)) and "<circle" not in chart
-    with pytest.raises(UserError, match="RUN: 9 are given: at most 8"):
+    with pytest.raises(UserError, match="RUN: 9 are given, but a chart can tell at most 8 apart; give fewer"):
         write_comparison([folder] * 9, tmp_path / "no.html")
     assert not (tmp_path / "no.html").exists()
 

@@ -136,7 +136,9 @@ def test_a_server_that_fails_under_way_costs_nothing_and_a_bounded_exit(folder, 
     ended = fork_ranks(*flags, num_ranks=2, env=fake_wandb.env, patch=impatient)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
     assert time.monotonic() - started < 30
-    assert f"the server did not take all data within 3 s: upload the run with: lora-dist push {folder.root}" in ended[0][1]
+    assert (
+        f"the server did not take all data within 3 s: upload the run with: lora-dist push {folder.root}" in ended[0][1]
+    )
     assert [line[STEP] for line in folder.read_metrics() if "train/loss" in line] == list(range(1, 25))
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lora_dist.run.folder import STEP, RunFolder
-from lora_dist.tracking.metric_names import METRICS, MOST_RANKS, PARTS
+from lora_dist.tracking.metric_names import MAX_RANKS_SHOWN, METRICS, PARTS
 from lora_dist.training.measures import summarise
 from tests.helpers.ranks import fork_ranks
 
@@ -128,7 +128,7 @@ def test_few_ranks_have_their_own_numbers():
 
 
 def test_many_ranks_become_their_extremes_and_the_worst_is_named():
-    ranks = [[1.0, 10.0 + (rank == 13), 20.0, 1, 0] for rank in range(MOST_RANKS + 1)]
+    ranks = [[1.0, 10.0 + (rank == 13), 20.0, 1, 0] for rank in range(MAX_RANKS_SHOWN + 1)]
     ranks[5][0], ranks[4][2] = 0.25, 64.0
     values = summarise(ON_GPU, ranks, [f"node{rank // 8}" for rank in range(17)])
     assert not [name for name in values if "/rank" in name]

@@ -1,0 +1,70 @@
+"""The memory section of a report: one bar per rank, beside what was expected."""
+
+from dataclasses import dataclass
+
+from lora_dist.run.folder import STEP
+from lora_dist.tracking.metric_names import MAX_RANKS_SHOWN
+from lora_dist.tracking.record import RunRecord, rank_of
+from lora_dist.units import GIB, size
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Peak memory of one rank, or of the least, mean or fullest one."""
+
+    name: str
+    before: float  # bytes that the process held before the base was loaded; 0 on a GPU
+    peak: float  # bytes
+
+
+def memory_bars(record: RunRecord) -> dict:
+    """What the template draws: bars in percent of the longest, and texts. {} if no memory was measured."""
+    summary = record.summary
+    peaks, before = summary.get("peak_memory_bytes_per_rank"), summary.get("memory_before_bytes_per_rank")
+    if not peaks:
+        return _bars_so_far(record)
+    if not before or len(before) != len(peaks):
+        before = [0] * len(peaks)
+    bars = [Bar(f"rank {rank}", before[rank], peak) for rank, peak in enumerate(peaks)]
+    if len(peaks) > MAX_RANKS_SHOWN:
+        order = sorted(range(len(peaks)), key=lambda rank: peaks[rank])
+        chosen = {"least": order[0], "median": order[len(order) // 2], "greatest": order[-1]}
+        bars = [Bar(f"{what}: rank {rank}", before[rank], peaks[rank]) for what, rank in chosen.items()]
+    growth = "growth after that: base, training and libraries" if any(before) else "measured peak"
+    expected = summary.get("expected") or {}
+    return _draw(bars, growth, expected.get("peak_bytes_per_rank")) | {
+        "base_expected": _size(expected.get("base_bytes_per_rank")),
+        "base_measured": _size(summary.get("base_bytes_per_rank")),
+    }
+
+
+def _bars_so_far(record: RunRecord) -> dict:
+    """The same for a run that has no summary, because it still runs or failed: from the last line with memory."""
+    min_mean_max = [f"memory/{what}_peak_allocated_gib" for what in ("min", "mean", "max")]
+    for line in reversed(record.lines):
+        names = sorted((name for name in line if name.startswith("memory/rank") and "allocated" in name), key=rank_of)
+        bars = [Bar(f"rank {rank_of(name)}", 0, line[name] * GIB) for name in names]
+        if not bars and all(name in line for name in min_mean_max):
+            words = zip(("least", "mean", "greatest"), min_mean_max, strict=True)
+            bars = [Bar(word, 0, line[name] * GIB) for word, name in words]
+        if bars:
+            return _draw(bars, f"peak until step {line[STEP]}", None) | {"base_expected": None, "base_measured": None}
+    return {}
+
+
+def _draw(bars: list[Bar], growth: str, expected: float | None) -> dict:
+    """`growth` explains the part of a bar after `before`; `expected` is the estimated peak of that part in bytes."""
+    longest = max(max(bar.peak, bar.before + (expected or 0)) for bar in bars) or 1
+    rows = [
+        {
+            "name": bar.name, "before": 100 * bar.before / longest, "grown": 100 * (bar.peak - bar.before) / longest,
+            "expected": 100 * (bar.before + expected) / longest if expected else None, "peak": size(bar.peak),
+            "before_size": _size(bar.before),
+        }
+        for bar in bars
+    ]  # fmt: skip
+    return {"rows": rows, "on_cpu": any(bar.before for bar in bars), "growth": growth, "estimate": _size(expected)}
+
+
+def _size(num_bytes: float | None) -> str | None:
+    return size(num_bytes) if num_bytes else None
