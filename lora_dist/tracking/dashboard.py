@@ -1,4 +1,4 @@
-"""A workspace in Weights & Biases, as code: what one looks at in a run of this toolkit, and how runs are compared."""
+"""A workspace in Weights & Biases, as code: the panels that show a run of lora-dist and compare runs."""
 
 import json
 import math
@@ -13,105 +13,111 @@ from lora_dist.run.folder import STEP
 from lora_dist.tracking.metric_names import PARTS
 from lora_dist.tracking.wandb_run import why_no_answer
 
-NAME = "lora-dist"
-OF_RANKS = r"memory/rank\d+/peak_allocated_gib", r"memory/rank\d+/peak_reserved_gib", r"perf/rank\d+/reduce_time_s"
-ANSWER_S = 10  # wandb itself waits 20 s for a server that is not there, and calls its own service busy then
+NAME = "lora-dist"  # of the saved view
+# Regular expressions for the per-rank metrics.
+ALLOCATED, RESERVED = r"memory/rank\d+/peak_allocated_gib", r"memory/rank\d+/peak_reserved_gib"
+REDUCE_TIME = r"perf/rank\d+/reduce_time_s"
+ANSWER_S = 10  # wandb itself waits 20 s for a server that does not answer, and then reports that its service is busy
+
+# The line plots, by section: title, the metrics that it draws, and arguments of LinePlot. A regular expression in place
+# of the metrics draws one line per rank.
+STACKED, LOG_SCALE = {"plot_type": "stacked-area"}, {"log_y": True}
+LOSS_PLOTS = (
+    ("Loss, nats per token", ("train/loss", "eval/loss"), {}),
+    ("Held-out perplexity", ("eval/perplexity",), {}),
+    ("Tokens predicted right, fraction", ("train/mean_token_accuracy", "eval/mean_token_accuracy"), {}),
+    ("Scores", ("eval/accuracy", "eval/micro_f1", "eval/macro_f1"), {}),
+)
+OPTIMISATION_PLOTS = (
+    ("Learning rate", ("train/learning_rate",), {}),
+    ("Gradient norm before clipping", ("train/grad_norm",), LOG_SCALE),
+    ("Skipped steps and loss spikes since the start", ("train/skipped_steps", "train/loss_spikes"), {}),
+)
+THROUGHPUT_PLOTS = (
+    ("Tokens/s, all ranks: without padding, with padding, trained",
+     ("perf/tokens_per_second", "perf/padded_tokens_per_second", "perf/trainable_tokens_per_second"), {}),
+    ("Tokens/s per rank", ("perf/tokens_per_second_per_rank",), {}),
+    ("Rows/s, all ranks", ("perf/samples_per_second",), {}),
+    ("Model FLOP utilisation, fraction of the GPU's peak", ("perf/mfu",), {}),
+    ("TFLOP/s per rank", ("perf/tflops_per_rank",), {}),
+    ("Recomputation, fraction of all operations", ("perf/recompute_fraction",), {}),
+)  # fmt: skip
+TIME_PLOTS = (
+    ("Parts of a step on rank 0, s", tuple(f"perf/{part}_time_s" for part in PARTS), STACKED),
+    ("Step, s", ("perf/step_time_s",), {}),
+    ("Wait in the reduction per rank, s: the rank that waits least is the slowest", REDUCE_TIME, {}),
+    ("Evaluation, s", ("eval/time_s",), {}),
+)
+MEMORY_PLOTS = (
+    ("Peak allocated per rank, GiB", ALLOCATED, {}),
+    ("Peak reserved per rank, GiB", RESERVED, {}),
+    ("Peak allocated over the ranks, GiB",
+     tuple(f"memory/{what}_peak_allocated_gib" for what in ("min", "mean", "max")), {}),
+    ("Peak reserved over the ranks, GiB",
+     tuple(f"memory/{what}_peak_reserved_gib" for what in ("min", "mean", "max")), {}),
+    ("Allocator retries and out-of-memory errors, all ranks", ("memory/alloc_retries", "memory/ooms"), {}),
+)  # fmt: skip
+DATA_PLOTS = (
+    ("Passes over the data", ("train/epoch",), {}),
+    ("Tokens seen, and tokens trained on", ("train/tokens_seen", "train/trainable_tokens_seen"), {}),
+    ("Padding, fraction of the positions", ("perf/padding_fraction",), {}),
+)
+CHECKPOINT_PLOTS = (
+    ("Wait of the training, s", ("checkpoint/save_time_s",), {}),
+    ("Writing while training continues, s", ("checkpoint/write_time_s",), {}),
+    ("Failed saves in a row", ("checkpoint/failed_saves",), {}),
+)
 
 
 def build(entity: str, project: str):
-    """The workspace, unsaved: needs no account. Raises UserError where wandb-workspaces is not installed."""
+    """The workspace, not saved yet; needs no account. Raises UserError if wandb-workspaces is not installed."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
         raise UserError("dashboard: needs a package: pip install 'lora-dist[dashboard]'") from None
 
-    def lines(title: str, *names: str, **more) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x=STEP, y=[*names], **more)
+    completions = [
+        wr.MediaBrowser(title="Completions", media_keys=["eval/samples"]),
+        wr.WeavePanelSummaryTable(table_name="eval/samples"),  # of each run's last evaluation
+    ]
+    sections = [
+        _section("Loss", _line_plots(LOSS_PLOTS), columns=2),
+        _section("Optimisation", _line_plots(OPTIMISATION_PLOTS)),
+        _section("Throughput", _line_plots(THROUGHPUT_PLOTS)),
+        _section("Where the time goes", _line_plots(TIME_PLOTS), columns=2),
+        _section("Memory per rank", _line_plots(MEMORY_PLOTS)),
+        _section("Data", _line_plots(DATA_PLOTS)),
+        _section("Checkpoints", _line_plots(CHECKPOINT_PLOTS)),
+        _section("Samples", completions, columns=1),
+        _section("Runs", [wr.RunComparer(diff_only="split")], columns=1),
+    ]
+    settings = ws.WorkspaceSettings(x_axis=STEP, smoothing_type="none")
+    return ws.Workspace(entity=entity, project=project, name=NAME, settings=settings, sections=sections)
 
-    def of_ranks(title: str, regex: str) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x=STEP, metric_regex=regex)
 
-    def section(name: str, *panels, columns: int = 3) -> ws.Section:
-        rows = math.ceil(len(panels) / columns)  # all on one page
-        layout = ws.SectionLayoutSettings(columns=columns, rows=rows)
-        return ws.Section(name=name, panels=list(panels), is_open=True, layout_settings=layout)
+def _line_plots(table: tuple) -> list:
+    import wandb_workspaces.reports.v2 as wr
 
-    stacked = {"plot_type": "stacked-area"}
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=NAME,
-        settings=ws.WorkspaceSettings(x_axis=STEP, smoothing_type="none"),
-        sections=[
-            section(
-                "Loss",
-                lines("Loss, nats a token", "train/loss", "eval/loss"),
-                lines("Held-out perplexity", "eval/perplexity"),
-                lines("Tokens predicted right, share", "train/mean_token_accuracy", "eval/mean_token_accuracy"),
-                lines("Scores", "eval/accuracy", "eval/micro_f1", "eval/macro_f1"),
-                columns=2,
-            ),
-            section(
-                "Optimisation",
-                lines("Learning rate", "train/learning_rate"),
-                lines("Gradient norm before clipping", "train/grad_norm", log_y=True),
-                lines("Skipped steps and loss spikes, so far", "train/skipped_steps", "train/loss_spikes"),
-            ),
-            section(
-                "Throughput",
-                lines("Tokens/s, all ranks: real, padded, trained", "perf/tokens_per_second",
-                      "perf/padded_tokens_per_second", "perf/trainable_tokens_per_second"),
-                lines("Tokens/s and rank", "perf/tokens_per_second_per_rank"),
-                lines("Rows/s, all ranks", "perf/samples_per_second"),
-                lines("Model FLOP utilisation, share of the GPU's peak", "perf/mfu"),
-                lines("TFLOP/s and rank", "perf/tflops_per_rank"),
-                lines("Recomputation, share of all operations", "perf/recompute_fraction"),
-            ),
-            section(
-                "Where the time goes",
-                lines("A step's parts on rank 0, s", *(f"perf/{part}_time_s" for part in PARTS), **stacked),
-                lines("A step, s", "perf/step_time_s"),
-                of_ranks("Waiting for the reduction, each rank, s: the least is the slowest rank", OF_RANKS[2]),
-                lines("An evaluation, s", "eval/time_s"),
-                columns=2,
-            ),
-            section(
-                "Memory per rank",
-                of_ranks("Peak allocated, GiB", OF_RANKS[0]),
-                of_ranks("Peak reserved, GiB", OF_RANKS[1]),
-                lines("Peak allocated of the ranks, GiB", "memory/min_peak_allocated_gib",
-                      "memory/mean_peak_allocated_gib", "memory/max_peak_allocated_gib"),
-                lines("Peak reserved of the ranks, GiB", "memory/min_peak_reserved_gib",
-                      "memory/mean_peak_reserved_gib", "memory/max_peak_reserved_gib"),
-                lines("Allocator's retries and failures, all ranks", "memory/alloc_retries", "memory/ooms"),
-            ),
-            section(
-                "Data",
-                lines("Passes over the data", "train/epoch"),
-                lines("Tokens seen, and those trained on", "train/tokens_seen", "train/trainable_tokens_seen"),
-                lines("Padding, share of the positions", "perf/padding_fraction"),
-            ),
-            section(
-                "Checkpoints",
-                lines("Training waits, s", "checkpoint/save_time_s"),
-                lines("Written beside training, s", "checkpoint/write_time_s"),
-                lines("Failed saves in a row", "checkpoint/failed_saves"),
-            ),
-            section(
-                "Samples",
-                wr.MediaBrowser(title="Completions", media_keys=["eval/samples"]),
-                wr.WeavePanelSummaryTable(table_name="eval/samples"),  # the last evaluation's, of each run
-                columns=1,
-            ),
-            section("Runs", wr.RunComparer(diff_only="split"), columns=1),
-        ],
-    )  # fmt: skip
+    return [
+        wr.LinePlot(title=title, x=STEP, metric_regex=metrics, **arguments)
+        if isinstance(metrics, str)
+        else wr.LinePlot(title=title, x=STEP, y=[*metrics], **arguments)
+        for title, metrics, arguments in table
+    ]
+
+
+def _section(name: str, panels: list, *, columns: int = 3):
+    """An open section that shows all its panels on one page."""
+    import wandb_workspaces.workspaces as ws
+
+    layout = ws.SectionLayoutSettings(columns=columns, rows=math.ceil(len(panels) / columns))
+    return ws.Section(name=name, panels=panels, is_open=True, layout_settings=layout)
 
 
 def spec(workspace) -> dict:
-    """What the server gets, but for random ids: the same at each call."""
-    text = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # there is no public way
+    """What the server gets, without the random ids, so that it is the same at each call."""
+    text = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)  # no public function does this
     return _without_ids(json.loads(text))
 
 
@@ -122,9 +128,10 @@ def _without_ids(value):
 
 
 def apply(entity: str | None, project: str, url: str | None = None) -> str:
-    """Save the workspace as a new view, or over the one at `url`. Returns its address.
+    """Save the workspace as a new view, or over the view at `url`. Returns its address.
 
-    Raises UserError: no entity, a `url` of no view or of another project's, no key, no answer, or what is refused.
+    Raises UserError if there is no entity or no key, if `url` is not a view of this project, or if the server does not
+    answer or refuses.
     """
     if not entity:
         raise UserError("--entity: is missing; give the user or team that the project belongs to")
@@ -137,27 +144,28 @@ def apply(entity: str | None, project: str, url: str | None = None) -> str:
     settings = wandb.setup().settings
     server = settings.base_url
     if why := why_no_answer(server, ANSWER_S):
-        raise UserError(f"WANDB_BASE_URL {server}: {why}; give that of a server that can be reached from here")
+        raise UserError(f"WANDB_BASE_URL {server}: {why}; give the address of a server that can be reached from here")
     try:
         if view:
-            earlier = ws.Workspace.from_url(f"/{entity}/{project}?nw={view}")  # it takes no other path
+            earlier = ws.Workspace.from_url(f"/{entity}/{project}?nw={view}")  # the only form of path that it accepts
             earlier.name, earlier.settings, earlier.sections = workspace.name, workspace.settings, workspace.sections
             workspace = earlier
-        saved = urlsplit(workspace.save().url)  # it lacks the app's own path, which the usual server has
-    except Exception as error:  # wandb's failed requests, and what the library makes of an answer, share no class
+        saved = urlsplit(workspace.save().url)  # without the path of the app, e.g. /wandb, which a server may have
+    except Exception as error:  # failed requests and errors in parsing an answer share no base class
         why = " ".join(str(error).split())[:200]
         raise UserError(f"dashboard: {entity}/{project} on {server}: {type(error).__name__}: {why}") from None
     return f"{settings.app_url.rstrip('/')}{saved.path}?{saved.query}"
 
 
 def _view_name(url: str, entity: str, project: str) -> str:
-    """The name of the view at a browser's address, with or without its `/workspace`. Raises UserError."""
+    """The name of the view at an address from a browser, with or without `/workspace` in it. Raises UserError."""
     address = urlsplit(url)
     *_, owner, name = ["", "", *unquote(address.path).strip("/").removesuffix("/workspace").split("/")]
     view = parse_qs(address.query).get("nw", [""])[0].strip("/")
-    if not owner or not re.fullmatch(r"(?!nwuser)\w+", view):  # nwuser...: one's own, which the library cannot write
+    # nwuser...: a user's own workspace, which the library cannot write.
+    if not owner or not re.fullmatch(r"(?!nwuser)\w+", view):
         form = f"https://wandb.ai/{entity}/{project}?nw=a0b1c2d3"
-        raise UserError(f"--url {url}: is no saved view; give the address that this command printed, like {form}")
+        raise UserError(f"--url {url}: is not a saved view; give the address that this command printed, like {form}")
     if (owner, name) != (entity, project):
         rule = f"is a view of {owner}/{name}: give --entity {owner} --project {name}, or another address"
         raise UserError(f"--url {url}: {rule}")

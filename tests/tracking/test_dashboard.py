@@ -117,9 +117,9 @@ def test_it_is_saved_and_saved_again_over_itself(fake_wandb, view):
 @pytest.mark.parametrize(
     "url, why",
     [
-        ("nonsense", "is no saved view; give the address"),
-        ("https://wandb.ai/someone/p", "is no saved view"),
-        ("https://wandb.ai/someone/p/workspace?nw=nwusersomeone", "is no saved view"),
+        ("nonsense", "is not a saved view; give the address"),
+        ("https://wandb.ai/someone/p", "is not a saved view"),
+        ("https://wandb.ai/someone/p/workspace?nw=nwusersomeone", "is not a saved view"),
         ("https://wandb.ai/team/q/workspace/?nw=abc", "is a view of team/q: give --entity team --project q"),
     ],
     ids=["no address", "a project", "one's own workspace", "another project's"],
@@ -157,7 +157,7 @@ def test_a_server_that_is_down_is_one_line(fake_wandb):
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         down = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         why = refused(env=fake_wandb.env | {"WANDB_BASE_URL": down})
-    assert why.startswith(f"error: WANDB_BASE_URL {down}: no answer (ConnectionError); give that of")
+    assert why.startswith(f"error: WANDB_BASE_URL {down}: no answer (ConnectionError); give the address of")
     fake_wandb.fault("all", code=502)
     assert f"WANDB_BASE_URL {fake_wandb.url}: answers with HTTP 502" in refused(env=fake_wandb.env)
 
