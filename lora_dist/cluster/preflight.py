@@ -1,9 +1,9 @@
-"""What a job's ranks find before it starts: their devices, packages, disk and network, and what is odd among them.
+"""Checks the ranks of a job before it trains: devices, packages, disk and network, and what differs among them.
 
-One node that differs from the others stops a job, or slows all of it. So each rank says what it sees and how fast it
-computes, each pair of nodes how fast it exchanges, and what stands out is named. Pairs exchange at the same time, each
-node with one other: about as many rounds as nodes, where one pair after the other would be its square. Of the large
-packages it imports torch alone: at the start of a job, all ranks import from one disk.
+One node that differs from the others stops a job, or slows all of it. So each rank measures what it has and how fast it
+computes, each pair of nodes measures its link, and what stands out is named. Many pairs exchange at the same time, each
+node with one other: this takes about as many rounds as there are nodes, while one pair after the other would take the
+square of it. The only large package imported here is torch: at the start of a job, all ranks import from one disk.
 """
 
 import contextlib
@@ -24,18 +24,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lora_dist.cluster.oddities import Links, RankFacts, by_host, find_oddities, gb_per_s, gib, link_rates
+from lora_dist.cluster.findings import Links, RankFacts, by_host, find_problems, link_rates
 from lora_dist.environment import versions
 from lora_dist.errors import RunFailed
 from lora_dist.parallel.ranks import gather, keep_to_one_machine, num_ranks, this_rank
 from lora_dist.parallel.strategies import world_size
+from lora_dist.units import MIB, gb_per_s, gib
 
-ARRIVAL_S = 300.0  # between the first rank and the last: many nodes import from one disk
-PATIENCE_S = 20.0  # with one rank that does not answer
-FAREWELL_S = 5.0  # between a failure and a rank's end: after that its launcher may end rank 0, which says why
-COMPUTE_S = 0.3  # at least
-REPEATS = 4  # timed in a row: to start one takes as long as a fast link takes to move it
-MESSAGE_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
+ARRIVAL_S = 300.0  # longest time between the first rank and the last: many nodes import from one disk
+PATIENCE_S = 20.0  # longest wait for one rank that does not answer
+# Time between a failure and the end of a rank. Once a rank has ended, its launcher may end rank 0, which prints why.
+FAREWELL_S = 5.0
+COMPUTE_S = 0.3  # shortest time to measure the speed of a device
+REPEATS = 4  # exchanges timed together: starting one takes as long as a fast link needs for it
+MESSAGE_BYTES = {"cuda": 16 * MIB, "cpu": MIB}
 MAX_HOSTS_SHOWN = 16
 COLUMNS = ["host", "ranks", "device", "driver", "memory free", "disk free", "computes", "links"]
 
@@ -46,7 +48,7 @@ class Report:
 
     ranks: list[RankFacts]
     links: Links
-    all_reduce_bytes_per_s: float | None  # that each rank sends, and receives
+    all_reduce_bytes_per_s: float | None  # sent, and received, by each rank; None: one rank, or a wrong sum
     findings: list[str]
     seconds: float
 
@@ -56,7 +58,7 @@ class Report:
         return dataclasses.asdict(self) | {"links": links}
 
     def table(self) -> str:
-        """A line for each host; of many, for the first, the last and the odd ones."""
+        """One line per host; if there are many, only the first, the last and those with findings."""
         rows = [COLUMNS, *self._rows()]
         widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(COLUMNS))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -64,14 +66,14 @@ class Report:
         if self.all_reduce_bytes_per_s:
             lines.append(f"all-reduce over {len(self.ranks)} ranks: {gb_per_s(self.all_reduce_bytes_per_s)}")
         lines.append(f"took {self.seconds:.1f} s")
-        return "\n".join(lines + ([f"warning: {line}" for line in self.findings] or ["nothing odd"]))
+        return "\n".join(lines + ([f"warning: {line}" for line in self.findings] or ["no problems found"]))
 
     def _rows(self) -> Iterator[list[str]]:
         hosts, rates = by_host(self.ranks), link_rates(self.ranks, self.links)
-        odd = {word for line in self.findings for word in re.split("[ ()]+", line.split(": ")[0])}
+        named = {word for line in self.findings for word in re.split("[ ()]+", line.split(": ")[0])}
         skipping = False
         for number, (host, ranks) in enumerate(hosts.items(), 1):
-            if len(hosts) <= MAX_HOSTS_SHOWN or number <= 4 or number == len(hosts) or host in odd:
+            if len(hosts) <= MAX_HOSTS_SHOWN or number <= 4 or number == len(hosts) or host in named:
                 yield _row(host, ranks, rates.get(host))
                 skipping = False
             elif not skipping:
@@ -95,7 +97,7 @@ def _row(host: str, ranks: list[RankFacts], link_rate: float | None) -> list[str
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[torch.device]:
-    """The process group that the launcher describes, and this rank's device."""
+    """Join the process group that the launcher describes; yields this rank's device. Collective."""
     on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -114,41 +116,46 @@ def joined_ranks() -> Iterator[torch.device]:
 
 
 def inspect_ranks(folder: Path, device: torch.device) -> Report:
-    """Of a run that is to write to `folder`. Raises RunFailed that names who does not answer. Collective."""
+    """Check the ranks of a run that will write to `folder`. Collective.
+
+    Raises RunFailed, with the name of the rank, if a rank does not answer.
+    """
     total = num_ranks()
-    _meet([f"rank {rank}" for rank in range(total)], "here", ARRIVAL_S)
+    _wait_for_all([f"rank {rank}" for rank in range(total)], "arrived", ARRIVAL_S)
     started, folder = time.perf_counter(), _nearest_existing(folder)
-    # A name that no machine asked for yet: network file systems remember for a while what was not there.
+    # A new name: network file systems remember for a while that a file was not there.
     probe = folder / f".preflight-{secrets.token_hex(8)}"
     if this_rank() == 0:
-        with contextlib.suppress(OSError):  # then nobody sees it
+        with contextlib.suppress(OSError):  # no rank finds the probe then, and the report says so
             probe.write_text(probe.name)
     try:
         ranks = gather((socket.gethostname(), probe))
         hosts, probe_of_rank_0 = [host for host, _ in ranks], ranks[0][1]
         names = [f"rank {rank} ({host})" for rank, host in enumerate(hosts)]
-        mine = _look_around(device, folder, probe_of_rank_0)
-        _meet(names, "looked around", 3 * PATIENCE_S)
+        mine = _measure_rank(device, folder, probe_of_rank_0)
+        _wait_for_all(names, "measured ranks", 3 * PATIENCE_S)
     finally:
-        with contextlib.suppress(OSError):  # only rank 0's is there
+        with contextlib.suppress(OSError):  # only rank 0 has written one
             probe.unlink()
     rate, links = _measure_all_reduce(total, device), _measure_links(hosts, names, device)
-    _meet(names, "measured", 3 * PATIENCE_S)  # a rank that waits for one other gives up earlier
+    _wait_for_all(names, "measured links", 3 * PATIENCE_S)  # a rank that waits for one other rank gives up earlier
     found = gather((mine, rate, links, time.perf_counter() - started))
     facts, rates, links_of_ranks, seconds = map(list, zip(*found, strict=True))
-    links, rate = _of_both_ends(links_of_ranks), _slowest(rates)
-    findings = find_oddities(facts, links)
+    links, rate = _merge_links(links_of_ranks), _slowest(rates)
+    findings = find_problems(facts, links)
     if total > 1 and rate is None:
-        findings.append(f"all-reduce: the ones of {total} ranks did not add up to {total}")
+        findings.append(f"all-reduce: the sum of a 1 from each of {total} ranks was not {total}")
     return Report(facts, links, rate, findings, max(seconds))
 
 
 def _nearest_existing(folder: Path) -> Path:
+    """The folder itself, or its nearest parent that exists."""
     folder = Path(os.path.abspath(folder))
     return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
-def _look_around(device: torch.device, folder: Path, probe: Path) -> RankFacts:
+def _measure_rank(device: torch.device, folder: Path, probe: Path) -> RankFacts:
+    """`probe` is the file that rank 0 wrote."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     free, total = torch.cuda.mem_get_info(device) if gpu else _host_memory()
     return RankFacts(
@@ -177,17 +184,19 @@ def _read(path: Path) -> str:
 
 
 def _host_memory() -> tuple[int, int]:
+    """(available, total) bytes."""
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return tuple(1024 * int(sizes[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
 
 
 def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
     found = re.search(r"\s(\d+\.[\d.]+)\s", _read(Path("/proc/driver/nvidia/version")))
     return found and found[1]
 
 
 def _flops_per_s(device: torch.device) -> float:
-    """The best of many small products: ranks that share a core have it for some of them, and GPUs take a while."""
+    """The best of many matrix products: ranks that share a core have it only sometimes, and GPUs need a warm-up."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     synchronize, seconds, until = torch.get_device_module(device).synchronize, [], time.perf_counter() + COMPUTE_S
@@ -199,8 +208,11 @@ def _flops_per_s(device: torch.device) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def _meet(names: list[str], point: str, patience_s: float) -> None:
-    """Wait for all ranks, outside a collective, which would name nobody. Raises RunFailed."""
+def _wait_for_all(names: list[str], point: str, patience_s: float) -> None:
+    """Wait until all ranks have reached a point. `names[r]` is rank r's name in an error.
+
+    This is no collective, because the error of a collective does not name the rank. Raises RunFailed.
+    """
     if len(names) == 1:
         return
     store, deadline = _store(), time.monotonic() + patience_s
@@ -214,10 +226,10 @@ def _meet(names: list[str], point: str, patience_s: float) -> None:
 
 
 def _give_up(line: str) -> RunFailed:
-    """The error for all ranks: of the one that gave up first. Those that waited for it know less."""
-    with contextlib.suppress(RuntimeError):  # it ended with rank 0
+    """The error that all ranks raise: that of the rank that gave up first, because it knows the cause."""
+    with contextlib.suppress(RuntimeError):  # the store has ended with rank 0
         line = _store().compare_set("preflight/gave up", "", line).decode()
-    time.sleep(FAREWELL_S if this_rank() else FAREWELL_S / 5)  # the store may end with rank 0: let the others read
+    time.sleep(FAREWELL_S if this_rank() else FAREWELL_S / 5)  # the store may end with rank 0: let the others read it
     return RunFailed(line)
 
 
@@ -226,7 +238,7 @@ def _store() -> dist.Store:
 
 
 def _measure_all_reduce(num_ranks: int, device: torch.device) -> float | None:
-    """Bytes/s that each rank sends, and receives; None where the sum is wrong."""
+    """Bytes/s that each rank sends, and receives; None for one rank, or if the sum is wrong."""
     if num_ranks == 1:
         return None
     ones = torch.empty(MESSAGE_BYTES[device.type] // 4, device=device)
@@ -235,26 +247,30 @@ def _measure_all_reduce(num_ranks: int, device: torch.device) -> float | None:
 
 
 def _measure_links(hosts: list[str], names: list[str], device: torch.device) -> Links:
-    """Those of this node, by its lowest rank."""
+    """The links of this node, measured by its lowest rank; {} on other ranks."""
     leaders, links = [hosts.index(host) for host in dict.fromkeys(hosts)], {}
     if len(leaders) == 1 or this_rank() not in leaders:
         return links
     me, generator = leaders.index(this_rank()), torch.Generator().manual_seed(0)
     message = torch.randint(256, (MESSAGE_BYTES[device.type],), dtype=torch.uint8, generator=generator).to(device)
-    for turn, pairs in enumerate(schedule(len(leaders))):
+    for number, pairs in enumerate(exchange_rounds(len(leaders))):
         for pair in (pair for pair in pairs if me in pair):
             peer, received = sum(pair) - me, torch.zeros_like(message)
             start = partial(_exchange, message.roll(me), received, leaders[peer])
-            what = "exchange of " + " and ".join(names[leaders[node]] for node in pair)
-            # Later ones wait longer: where each waits for the next, the first is to be named.
-            seconds = _seconds(start, what, device, PATIENCE_S + turn / 10)
+            what = "exchange between " + " and ".join(names[leaders[node]] for node in pair)
+            # Later rounds wait longer, so that in a chain of nodes that wait for each other the first one is named.
+            seconds = _seconds(start, what, device, PATIENCE_S + number / 10)
             links[pair] = message.nbytes / seconds if torch.equal(received, message.roll(peer)) else None
     return links
 
 
-def schedule(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs in which each pair comes once: one node stays, and the others turn in a circle."""
-    circle, rounds = list(range(num_nodes + num_nodes % 2)), []  # whoever meets the one too many rests
+def exchange_rounds(num_nodes: int) -> list[list[tuple[int, int]]]:
+    """Rounds of disjoint pairs of nodes in which each pair comes once (the circle method of tournaments).
+
+    One node keeps its position, and the others move on by one position per round.
+    """
+    # An odd number of nodes is filled up by one that does not exist; its partner rests.
+    circle, rounds = list(range(num_nodes + num_nodes % 2)), []
     for _ in circle[1:]:
         half = len(circle) // 2
         pairs = [tuple(sorted(pair)) for pair in zip(circle[:half], reversed(circle[half:]), strict=True)]
@@ -272,7 +288,10 @@ def _exchange(sent: torch.Tensor, received: torch.Tensor, peer: int) -> list[dis
 
 
 def _seconds(start: Callable[[], list[dist.Work]], what: str, device: torch.device, patience_s: float) -> float:
-    """What one takes, of several in a row. A first one connects; RunFailed is raised where that does not end."""
+    """Mean seconds of several operations in a row, after a first one that connects.
+
+    `start` starts one operation. Raises RunFailed if the first one does not end within `patience_s`.
+    """
     synchronize = torch.get_device_module(device).synchronize
     try:
         for work in start():
@@ -284,9 +303,9 @@ def _seconds(start: Callable[[], list[dist.Work]], what: str, device: torch.devi
                 work.wait()
         synchronize()
     except RuntimeError as error:
-        if "timed out" not in str(error).lower():  # the other end gave up on a third: it shall say so first
+        if "timed out" not in str(error).lower():  # the other end gave up on a third rank: let it report that first
             time.sleep(1.0)
-        why = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]  # between gloo's place and its advice
+        why = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]  # without gloo's source line and advice
         raise _give_up(f"{what} failed: {why}") from None
     return (time.perf_counter() - started) / REPEATS
 
@@ -296,7 +315,8 @@ def _slowest(rates: Iterable[float | None]) -> float | None:
     return None if None in rates else min(rates)
 
 
-def _of_both_ends(links_of_ranks: list[Links]) -> Links:
+def _merge_links(links_of_ranks: list[Links]) -> Links:
+    """Both ends of a link have measured it: the slower rate counts, and None if one end received wrong bytes."""
     rates = defaultdict(list)
     for pair, rate in (item for links in links_of_ranks for item in links.items()):
         rates[pair].append(rate)

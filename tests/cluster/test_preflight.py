@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.cluster import preflight
-from lora_dist.cluster.oddities import RankFacts, find_oddities
-from lora_dist.cluster.preflight import Report, inspect_ranks, schedule
+from lora_dist.cluster.findings import RankFacts, find_problems
+from lora_dist.cluster.preflight import Report, exchange_rounds, inspect_ranks
 from lora_dist.errors import RunFailed
 from tests.helpers.ranks import run_ranks
 
@@ -54,12 +54,12 @@ def test_facts_of_all_ranks_and_links_of_all_nodes(tmp_path, hosts):
 def test_one_process_has_no_network(tmp_path):
     (report,) = run_ranks(inspect_as, 1, "node1", tmp_path)
     assert (len(report.ranks), report.links, report.all_reduce_bytes_per_s, report.findings) == (1, {}, None, [])
-    assert report.table().endswith("nothing odd")
+    assert report.table().endswith("no problems found")
 
 
 @pytest.mark.parametrize("num_nodes", range(1, 10))
 def test_each_pair_of_nodes_exchanges_once(num_nodes):
-    rounds = schedule(num_nodes)
+    rounds = exchange_rounds(num_nodes)
     assert len(rounds) <= num_nodes
     for pairs in rounds:
         nodes = [node for pair in pairs for node in pair]
@@ -107,8 +107,8 @@ def _corrupt_on_rank(rank, folder):
 def test_wrong_bytes_are_noticed(tmp_path):
     for links, all_reduce_rate, findings in run_ranks(_corrupt_on_rank, 3, tmp_path):
         assert [pair for pair, rate in links.items() if rate is None] == [(1, 2)] and all_reduce_rate is None
-        assert "node2 and node3: other bytes arrived than were sent" in findings
-        assert "all-reduce: the ones of 3 ranks did not add up to 3" in findings
+        assert "node2 and node3: the bytes received differ from the bytes sent" in findings
+        assert "all-reduce: the sum of a 1 from each of 3 ranks was not 3" in findings
 
 
 def _silent_on_rank(rank, where, folder):
@@ -131,8 +131,8 @@ def _silent_on_rank(rank, where, folder):
 @pytest.mark.parametrize(
     "where, expected",
     [
-        ("_look_around", "rank 2 (node3): no answer within 1 s"),
-        ("_measure_links", "exchange of rank 1 (node2) and rank 2 (node3) failed: Timed out"),  # rank 2's first
+        ("_measure_rank", "rank 2 (node3): no answer within 1 s"),
+        ("_measure_links", "exchange between rank 1 (node2) and rank 2 (node3) failed: Timed out"),  # rank 2's first
     ],
 )
 def test_all_ranks_name_a_silent_one(tmp_path, where, expected):
@@ -157,21 +157,21 @@ def all_links(num_nodes: int, *, slow: int | None = None) -> dict:
     return {pair: 1.2e9 if slow in pair else 11.8e9 for pair in pairs}
 
 
-def test_equal_ranks_have_nothing_odd():
+def test_equal_ranks_have_no_problems():
     for num_ranks, gpu in itertools.product((1, 2, 4, 16), (True, False)):
         ranks = [facts(rank, gpu=gpu) for rank in range(num_ranks)]
-        assert find_oddities(ranks, all_links(-(-num_ranks // 2))) == []
+        assert find_problems(ranks, all_links(-(-num_ranks // 2))) == []
 
 
-MEMORY = "rank 5 (node3): 12.3 GiB of device memory free, the median is 78.0 GiB: another process holds it?"
-ODDITIES = {  # of rank 5 of 8: on node3, with rank 4
+MEMORY = "rank 5 (node3): 12.3 GiB of device memory free, the median is 78.0 GiB: another process may use it"
+PROBLEMS = {  # of rank 5 of 8: on node3, with rank 4
     MEMORY: {"free_memory_bytes": int(12.3 * GIB)},
-    "rank 5 (node3): torch 2.12.0, and 2.13.0 on 7 of 8 ranks": {"versions": {"torch": "2.12.0", "peft": "0.21.2"}},
-    "rank 5 (node3): peft None, and 0.21.2 on 7 of 8 ranks": {"versions": {"torch": "2.13.0"}},
-    "rank 5 (node3): driver 535.1, and 570.86.15 on 7 of 8 ranks": {"driver": "535.1"},
-    "rank 5 (node3): device NVIDIA A100, and NVIDIA H100 80GB HBM3 on 7 of 8 ranks": {"device": "NVIDIA A100"},
+    "rank 5 (node3): torch 2.12.0, but 2.13.0 on 7 of 8 ranks": {"versions": {"torch": "2.12.0", "peft": "0.21.2"}},
+    "rank 5 (node3): peft None, but 0.21.2 on 7 of 8 ranks": {"versions": {"torch": "2.13.0"}},
+    "rank 5 (node3): driver 535.1, but 570.86.15 on 7 of 8 ranks": {"driver": "535.1"},
+    "rank 5 (node3): device NVIDIA A100, but NVIDIA H100 80GB HBM3 on 7 of 8 ranks": {"device": "NVIDIA A100"},
     "ranks 4, 5 (node3): share the GPU GPU-4; CUDA_VISIBLE_DEVICES: 0": {"device_uuid": "GPU-4"},
-    "rank 5 (node3): computes at 41 Gflop/s, the median is 133: a slow device": {"flops_per_s": 41e9},
+    "rank 5 (node3): computes at 41 Gflop/s, the median is 133: the device is slow": {"flops_per_s": 41e9},
     "node3: 0.9 GiB free on the disk of /shared/runs": {"free_disk_bytes": int(0.9 * GIB)},
     "node3: does not see /shared/runs, which node1 wrote to; the run folder must be on a disk that all nodes share": {
         "sees_folder": False
@@ -179,10 +179,10 @@ ODDITIES = {  # of rank 5 of 8: on node3, with rank 4
 }
 
 
-@pytest.mark.parametrize("line", ODDITIES)
-def test_what_is_odd_of_a_rank(line):
-    ranks = [facts(rank, **(ODDITIES[line] if rank == 5 else {})) for rank in range(8)]
-    assert find_oddities(ranks, all_links(4)) == [line]
+@pytest.mark.parametrize("line", PROBLEMS)
+def test_a_rank_that_differs_is_named(line):
+    ranks = [facts(rank, **(PROBLEMS[line] if rank == 5 else {})) for rank in range(8)]
+    assert find_problems(ranks, all_links(4)) == [line]
 
 
 @pytest.mark.parametrize(
@@ -196,39 +196,39 @@ def test_what_is_odd_of_a_rank(line):
     ],
 )
 def test_what_may_differ(change):
-    assert find_oddities([facts(rank, **(change if rank == 5 else {})) for rank in range(8)], all_links(4)) == []
+    assert find_problems([facts(rank, **(change if rank == 5 else {})) for rank in range(8)], all_links(4)) == []
 
 
 def test_two_ranks_have_no_slow_one():
-    assert find_oddities([facts(0), facts(1, flops_per_s=1e9)], {}) == []
+    assert find_problems([facts(0), facts(1, flops_per_s=1e9)], {}) == []
 
 
-def test_what_is_odd_of_a_node():
+def test_a_node_that_differs_is_named():
     ranks = [facts(rank) for rank in range(8)]
-    assert find_oddities(ranks[:-1], all_links(4)) == ["node4: 1 rank(s), and 2 on 3 of 4 hosts"]
+    assert find_problems(ranks[:-1], all_links(4)) == ["node4: 1 rank(s), but 2 on 3 of 4 hosts"]
     cannot = [dataclasses.replace(r, sees_folder=False) for r in ranks]
-    assert find_oddities(cannot, all_links(4)) == ["rank 0 (node1): cannot write /shared/runs"]
+    assert find_problems(cannot, all_links(4)) == ["rank 0 (node1): cannot write /shared/runs"]
     on_cpu = [facts(rank, gpu=False, free_memory_bytes=(30 if rank > 5 else 78) * GIB) for rank in range(8)]
-    assert find_oddities(on_cpu, all_links(4)) == ["node4: 30.0 GiB of memory free, the median is 78.0 GiB"]
+    assert find_problems(on_cpu, all_links(4)) == ["node4: 30.0 GiB of memory free, the median is 78.0 GiB"]
     wrong = all_links(4) | {(1, 3): None}
-    assert find_oddities(ranks, wrong) == ["node2 and node4: other bytes arrived than were sent"]
+    assert find_problems(ranks, wrong) == ["node2 and node4: the bytes received differ from the bytes sent"]
 
 
 @pytest.mark.parametrize("num_nodes", [3, 4, 9])
 def test_a_slow_link_is_of_one_node(num_nodes):
     ranks = [facts(rank) for rank in range(2 * num_nodes)]
-    (line,) = find_oddities(ranks, all_links(num_nodes, slow=2))
-    assert re.fullmatch(r"node3: 1.2 GB/s to other nodes, the median is [\d.]+ GB/s: a slow link", line)
-    assert find_oddities(ranks[:4], {(0, 1): 1e6}) == []
+    (line,) = find_problems(ranks, all_links(num_nodes, slow=2))
+    assert re.fullmatch(r"node3: 1.2 GB/s to other nodes, the median is [\d.]+ GB/s: the link is slow", line)
+    assert find_problems(ranks[:4], {(0, 1): 1e6}) == []
     if num_nodes > 3:  # the others' links outvote one
-        assert find_oddities(ranks, all_links(num_nodes, slow=2) | {(2, 3): 11.8e9}) == [line]
-        assert find_oddities(ranks, all_links(num_nodes) | {(2, 3): 1.2e9}) == []
+        assert find_problems(ranks, all_links(num_nodes, slow=2) | {(2, 3): 11.8e9}) == [line]
+        assert find_problems(ranks, all_links(num_nodes) | {(2, 3): 1.2e9}) == []
 
 
 def test_the_table_of_many_hosts_is_short():
     ranks = [facts(rank, per_host=8, **({"flops_per_s": 41e9} if rank == 300 else {})) for rank in range(512)]
     links = all_links(64, slow=50)
-    report = Report(ranks, links, 9.87e9, find_oddities(ranks, links), 12.34)
+    report = Report(ranks, links, 9.87e9, find_problems(ranks, links), 12.34)
     lines = report.table().splitlines()
     assert [line.split()[0] for line in lines[:11]] == (
         "host node1 node2 node3 node4 ... node38 ... node51 ... node64".split()
@@ -239,9 +239,9 @@ def test_the_table_of_many_hosts_is_short():
         "packages: torch 2.13.0, peft 0.21.2",
         "all-reduce over 512 ranks: 9.87 GB/s",
         "took 12.3 s",
-        "warning: rank 300 (node38): computes at 41 Gflop/s, the median is 133: a slow device",
-        "warning: node51: 1.2 GB/s to other nodes, the median is 11.8 GB/s: a slow link",
+        "warning: rank 300 (node38): computes at 41 Gflop/s, the median is 133: the device is slow",
+        "warning: node51: 1.2 GB/s to other nodes, the median is 11.8 GB/s: the link is slow",
     ]
     few = Report(ranks[:128], {}, None, [], 1.0).table().splitlines()
     assert [line.split()[0] for line in few[1:17]] == [f"node{number}" for number in range(1, 17)]
-    assert few[17:] == ["packages: torch 2.13.0, peft 0.21.2", "took 1.0 s", "nothing odd"]
+    assert few[17:] == ["packages: torch 2.13.0, peft 0.21.2", "took 1.0 s", "no problems found"]

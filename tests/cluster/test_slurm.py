@@ -134,7 +134,7 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     ranks = [[f"node{rank // 2 + 1}", str(rank), str(rank % 2), "4", "2", "0,1", code] for rank in range(4)]
     assert sorted(said) == sorted(ranks * 2)  # at both starts
 
-    assert job.log.count("node2  2      cpu") == 2 and "nothing odd" in job.log  # the preflight's table
+    assert job.log.count("node2  2      cpu") == 2 and "no problems found" in job.log  # the preflight's table
 
 
 @pytest.mark.slow
