@@ -156,7 +156,7 @@ def test_two_machines_train_the_same_adapter(strategy, single, tmp_path):
 # What rank 1 is started with, beside what rank 0 is; what the line must hold.
 DIFFERENT = {
     "a setting": (["--lora_r", "8"], {}, ["--lora_r: 16 on rank 0", "8 on rank 1", "all ranks need the same"]),
-    "the launcher's config": ([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, ["mixed precision: no on rank 0", "bf16 on"]),
+    "the precision": (["--mixed_precision", "bf16"], {}, ["--mixed_precision: no on rank 0", "bf16 on rank 1"]),
     "a package": ([], {"PYTHONPATH": "older"}, ["the package datasets: ", "on rank 0", "0.0.1 on rank 1"]),
 }
 

@@ -32,8 +32,8 @@ def completed(monkeypatch):
         given = []
         monkeypatch.setattr(evaluation, "complete", lambda run, prompt: given.append(prompt) or [7, 8])
         config = SimpleNamespace(**({"sample_prompt": "", "num_eval_samples": 2} | settings))
-        batches = SimpleNamespace(task=TASKS[task])
-        run = SimpleNamespace(config=config, tokenizer=Words(), micro_batches=batches, eval_rows=rows)
+        training = SimpleNamespace(micro_batches=SimpleNamespace(task=TASKS[task]))
+        run = SimpleNamespace(config=config, tokenizer=Words(), training=training, held_out=rows)
         return complete_samples(run), given
 
     return of

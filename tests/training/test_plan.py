@@ -1,0 +1,76 @@
+"""The precision of a run: what the user asks, what the launcher says, and what the CPU computes natively."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lora_dist.environment import bf16_slowdown
+from lora_dist.errors import UserError
+from lora_dist.parallel.strategies import STRATEGIES, Launch
+from lora_dist.training import plan
+from lora_dist.training.plan import choose_precision
+from tests.helpers.ranks import ROOT, launch_recipe
+
+
+@pytest.fixture(params=[True, False], ids=["native", "emulated"])
+def native(request, monkeypatch) -> bool:
+    monkeypatch.setattr(plan, "has_gpu", lambda: False)
+    monkeypatch.setattr(plan, "cpu_has_bf16", lambda: request.param)
+    return request.param
+
+
+def chosen(config, *, asked: str, launched: str) -> tuple[str, str]:
+    config, why = choose_precision(
+        dataclasses.replace(config, mixed_precision=asked), Launch(STRATEGIES["ddp"], launched)
+    )
+    return config.mixed_precision, why
+
+
+def test_auto_follows_the_launcher_except_for_emulated_bf16(config, native):
+    expected = ("bf16", "as the launcher says") if native else ("no", "fp32, because this CPU has no bf16 instructions")
+    assert chosen(config, asked="auto", launched="bf16") == expected
+    assert chosen(config, asked="auto", launched="no") == ("no", "as the launcher says")
+
+
+def test_what_the_user_asks_is_done_and_emulation_is_warned_of(config, native, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "bf16_slowdown", lambda: 75.4)
+    assert chosen(config, asked="no", launched="bf16") == ("no", "as asked")
+    assert capsys.readouterr().err == ""
+    assert chosen(config, asked="bf16", launched="no") == ("bf16", "as asked")
+    warned = "a matrix product takes 75 times as long in bf16 as in fp32; --mixed_precision no trains in fp32"
+    assert (warned in capsys.readouterr().err) is not native
+    monkeypatch.setenv("RANK", "1")
+    chosen(config, asked="bf16", launched="no")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "where"),
+    [("auto", "fp16", "accelerate config mixed_precision: fp16"), ("fp16", "bf16", "--mixed_precision: fp16")],
+)
+def test_fp16_needs_a_gpu(config, native, asked, launched, where):
+    with pytest.raises(UserError, match=f"^{where}: not supported without a GPU; use no or bf16$"):
+        chosen(config, asked=asked, launched=launched)
+
+
+def test_the_slowdown_is_measured():
+    assert 0.01 < bf16_slowdown() < 1000
+
+
+def test_onednn_says_what_the_cpu_computes_natively():
+    """With ONEDNN_MAX_CPU_ISA=AVX2 every x86-64 CPU behaves as one without bf16 instructions."""
+    code = "from lora_dist.environment import cpu_has_bf16; print(cpu_has_bf16())"
+    env = {"ONEDNN_MAX_CPU_ISA": "AVX2", "PATH": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_run_on_a_cpu_without_bf16_says_so_and_keeps_it_in_its_config(tmp_path):
+    flags = ("--max_steps", "1", "--warmup_steps", "0", "--eval_fraction", "0", "--dataset_test_split", "none")
+    flags += ("--report_to", "none", "--sample_prompt", "", "--output_dir", str(tmp_path / "run"))
+    done = launch_recipe("fsdp", *flags, env={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert "ranks: 2 on cpu, mixed precision no (fp32, because this CPU has no bf16 instructions)\n" in done.stdout
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["mixed_precision"] == "no"
