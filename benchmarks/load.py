@@ -90,7 +90,7 @@ def main():
                 raw.append(f"{quantization}, {num_ranks} ranks, {kind}: {[round(s, 2) for s in results[kind]]} s")
     shutil.rmtree(folder)
     what = (
-        f"A random Llama of {NUM_LAYERS} layers, {mb(size)} MB in fp16, to bf16 and the packed format. Seconds: of the "
+        f"A random Llama of {NUM_LAYERS} layers, {mb(size)} MB in fp16, to bf16 and the quantized format. Seconds: of the "
         f"slowest rank, median of {REPEATS} interleaved rounds, and as a ratio to the last kind. Bytes: of the rank "
         "with most. Read: with read and pread, as the kernel counts; transformers maps the file, which it does not "
         "count. Peaks: above the start of the load; resident includes mapped file pages."
