@@ -54,9 +54,9 @@ def of_one(launcher: str, folder: Path) -> dict:
     measured["to the first step, s"] = steps(root)[0]["time"] - started
     asked = time.time()
     assert run("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    wait_until(lambda: "the ranks left" in log.read_text(), 60)
+    wait_until(lambda: "the ranks exited" in log.read_text(), 60)
     measured["from USR1 to all gone, s"] = time.time() - asked
-    assert "left with 0; the run is preempted" in log.read_text(), log.read_text()
+    assert "exited with 0; the run is preempted" in log.read_text(), log.read_text()
     run("scancel", job)
     wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
 
@@ -65,15 +65,15 @@ def of_one(launcher: str, folder: Path) -> dict:
     wait_until(lambda: steps(root), 120)
     size, killed = log.stat().st_size, time.time()
     run("pkill", "-9", "-n", "-f", "python3* .*opt_quotes.py --config.*killed")
-    wait_until(lambda: "the ranks left" in log.read_text(), 120)
+    wait_until(lambda: "the ranks exited" in log.read_text(), 120)
     measured["from a rank's SIGKILL to all gone, s"] = time.time() - killed
     measured["lines that it logs"] = len(log.read_bytes()[size:].splitlines())
     run("scancel", job)
     wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
 
     job, log = submit(launcher, folder / "bad", "--lora_target_modules", "no_such")
-    wait_until(lambda: log.exists() and "the ranks left" in log.read_text(), 120)
-    measured["exit code of bad input"] = int(log.read_text().split("left with ")[1].split(";")[0])
+    wait_until(lambda: log.exists() and "the ranks exited" in log.read_text(), 120)
+    measured["exit code of bad input"] = int(log.read_text().split("exited with ")[1].split(";")[0])
     wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
     return measured
 

@@ -1,4 +1,4 @@
-"""How far a run is: from its folder, and from Slurm where it is a job. Imports no torch."""
+"""How far a run is: read from its folder, and from Slurm if it is a job. Imports no torch."""
 
 import dataclasses
 import datetime
@@ -12,20 +12,20 @@ import yaml
 
 from lora_dist.cluster.slurm import job_fields
 from lora_dist.errors import UserError
-from lora_dist.run.folder import RunFolder
-from lora_dist.tracking.report import count
+from lora_dist.run.folder import STEP, RunFolder
+from lora_dist.units import count
 
-RECENT_STEPS = 20  # that the rate is the median of
-SILENT_S = 120  # a run that says it is running, and wrote nothing for so long, is doubted
+RECENT_STEPS = 20  # their median is the rate
+SILENT_S = 120  # a running run that logged nothing for longer than this is reported
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the files and Slurm say; None where they do not."""
+    """What the files and Slurm tell about a run; None if they do not tell it."""
 
-    run: str
-    status: str  # state.json's, or waiting before the first start
-    step: int  # done, of which `saved_step` would survive a kill
+    run: str  # the run folder
+    status: str  # of state.json; "waiting" before the first start
+    step: int  # optimizer steps completed; after a kill, `saved_step` of them are left
     saved_step: int
     num_steps: int | None
     restarts: int
@@ -37,9 +37,9 @@ class RunStatus:
     eval_loss: float | None
     error: str | None
     job_id: str | None
-    job: dict[str, str]  # of `scontrol show job`
+    job: dict[str, str]  # fields of `scontrol show job`
     log: str | None
-    wandb_sync: str | None
+    wandb_sync: str | None  # command that uploads what W&B kept on disk
     config: dict
 
     def as_dict(self) -> dict:
@@ -53,16 +53,16 @@ class RunStatus:
             lines.append(f"saved: step {self.saved_step}")
         lines += [self._job_line()] if self.job_id else []
         if self.step_time_s:
-            rate = f"rate: {self.step_time_s:.2f} s a step, {self.tokens_per_second:.0f} tokens a second"
-            lines.append(rate + (f"; {_span(self.time_left_s)} left" if self.time_left_s else ""))
+            rate = f"rate: {self.step_time_s:.2f} s per step, {self.tokens_per_second:.0f} tokens per second"
+            lines.append(rate + (f"; {_hours(self.time_left_s)} left" if self.time_left_s else ""))
         losses = {"training": self.loss, "held-out": self.eval_loss}
         if any(value is not None for value in losses.values()):
-            said = (f"{value:.4f} {name}" for name, value in losses.items() if value is not None)
-            lines.append(f"loss: {', '.join(said)}")
+            texts = (f"{value:.4f} {name}" for name, value in losses.items() if value is not None)
+            lines.append(f"loss: {', '.join(texts)}")
         if self.error:
             lines.append(f"error: {self.error}")
         if self.status == "running" and self.silent_s and self.silent_s > SILENT_S:
-            lines.append(f"warning: nothing was logged for {_span(self.silent_s)}: it may be gone")
+            lines.append(f"warning: nothing was logged for {_hours(self.silent_s)}; the run may have ended")
         lines += [f"log: {self.log}"] if self.log else []
         lines += [f"wandb: upload with: {self.wandb_sync}"] if self.wandb_sync else []
         return "\n".join(lines)
@@ -70,7 +70,7 @@ class RunStatus:
     def _job_line(self) -> str:
         job = self.job
         if not job:
-            return f"job: {self.job_id}, which Slurm does not know here (any more)"
+            return f"job: {self.job_id}, which Slurm does not know here, or no longer knows"
         line = f"job: {self.job_id} {job['JobState']}"
         if job["JobState"] == "PENDING":
             return f"{line} ({job['Reason']}), expected to start {job['StartTime']}"
@@ -78,12 +78,13 @@ class RunStatus:
         return f"{line} on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}, {requeues}"
 
 
-def _span(seconds: float) -> str:
+def _hours(seconds: float) -> str:
+    """H:MM:SS, with days in front if there are any."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def read_status(root: Path) -> RunStatus:
-    """Raises UserError where there is no run."""
+    """The status of the run in this folder. Raises UserError if there is none."""
     folder = RunFolder(root)
     submitted = _read_json(folder.job / "submitted.json")
     state = _read_json(folder.state)
@@ -91,24 +92,31 @@ def read_status(root: Path) -> RunStatus:
         raise UserError(f"{root}: holds no run: no state.json, no job/submitted.json; give a run folder")
     state = state or {"status": "waiting", "step": 0, "restarts": 0}
     lines = folder.read_metrics()
-    timed = [line for line in lines if "perf/step_time_s" in line][-RECENT_STEPS:]
-    step_time_s = statistics.median(line["perf/step_time_s"] for line in timed) if timed else None
-    step = max([state["step"], *(line["train/global_step"] for line in lines[-1:])])
+    step = max([state["step"], *(line[STEP] for line in lines[-1:])])
     num_steps, summary = state.get("num_steps"), state.get("summary") or {}
-    going = state["status"] == "running" and step_time_s and num_steps
+    step_time_s, tokens_per_second = _recent_rate(lines)
+    has_estimate = state["status"] == "running" and step_time_s and num_steps
     job_id = submitted.get("job_id") or state.get("slurm_job_id")
     settings = folder.config if folder.config.exists() else folder.job / "config.yaml"
     return RunStatus(
         run=str(root), status=state["status"], step=step, saved_step=state["step"], num_steps=num_steps,
-        restarts=state["restarts"], step_time_s=step_time_s,
-        tokens_per_second=statistics.median(line["perf/tokens_per_second"] for line in timed) if timed else None,
-        time_left_s=(num_steps - step) * step_time_s if going else None,
+        restarts=state["restarts"], step_time_s=step_time_s, tokens_per_second=tokens_per_second,
+        time_left_s=(num_steps - step) * step_time_s if has_estimate else None,
         silent_s=time.time() - lines[-1]["time"] if lines else None,
         loss=_last(lines, "train/loss"), eval_loss=_last(lines, "eval/loss"), error=summary.get("error"),
         job_id=job_id, job=job_fields(job_id) if job_id else {}, log=submitted.get("log"),
-        wandb_sync=folder.wandb_sync(),
+        wandb_sync=folder.wandb_sync_command(),
         config=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {},
     )  # fmt: skip
+
+
+def _recent_rate(lines: list[dict]) -> tuple[float | None, float | None]:
+    """(seconds per step, tokens per second): medians over the recent steps, which one slow step does not change."""
+    timed = [line for line in lines if "perf/step_time_s" in line][-RECENT_STEPS:]
+    if not timed:
+        return None, None
+    return tuple(statistics.median(line[name] for line in timed)
+                 for name in ("perf/step_time_s", "perf/tokens_per_second"))  # fmt: skip
 
 
 def _read_json(path: Path) -> dict:

@@ -1,7 +1,7 @@
-"""`lora-dist submit` and `prepare`: a recipe with its flags, as a job that the checkout can no longer change.
+"""`lora-dist submit` and `prepare`: make a recipe with its flags into a job that later edits of the code cannot change.
 
-The job's folder, `job/` of the run folder: job.sbatch, config.yaml (all settings, resolved), accelerate.yaml and
-accelerate.env (what `accelerate launch` makes of it), code/ (this package and the recipe), submitted.json.
+The folder `job/` in the run folder holds job.sbatch, config.yaml (all settings, resolved), accelerate.yaml,
+accelerate.env (the variables that `accelerate launch` would set), code/ (this package and the recipe), submitted.json.
 """
 
 import dataclasses
@@ -34,12 +34,13 @@ from lora_dist.files import write_whole
 from lora_dist.flags import as_flags, parse_recipe_config
 from lora_dist.run.folder import RunFolder, write_config
 
+# States of a Slurm job that has ended.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A recipe, its settings with the defaults of where it will run, and how its ranks are started."""
+    """A recipe, its settings, which include the defaults for a GPU or for none, and how its ranks are started."""
 
     recipe: Path
     config: TrainConfig
@@ -51,12 +52,12 @@ class Submission:
         return RunFolder(Path(self.config.output_dir))
 
     def env(self) -> dict[str, str]:
-        """What `accelerate launch` would put into the environment of the ranks, but for their places."""
+        """The variables that `accelerate launch` would set for every rank, without the rank numbers."""
         return launcher_env(self.config_file, self.options.num_ranks)
 
 
 def read_submission(recipe: str, flags: list[str], config_file: str | None, options: SlurmOptions) -> Submission:
-    """Raises UserError for whatever can be said without torch, data or model."""
+    """Check what can be checked without torch, data or model. Raises UserError."""
     path = find_recipe(recipe)
     module = load_recipe(path)
     on_gpu = bool(options.gpus_per_node)
@@ -66,17 +67,20 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
     require(not set(str(root)) & set(" \t\n%"), "output_dir", root, "must have no spaces or % for Slurm")
     config = dataclasses.replace(config, output_dir=str(root))
     if config_file is None:
-        several = options.nodes > 1 and options.num_local_ranks > 1  # ranks that share a copy inside a machine
-        row = "single" if options.num_ranks == 1 else "hsdp" if several else "fsdp"
-        config_file = row
+        # hsdp keeps a copy of the base on each node, which makes sense if a node has several ranks.
+        several = options.nodes > 1 and options.num_local_ranks > 1
+        config_file = "single" if options.num_ranks == 1 else "hsdp" if several else "fsdp"
     return Submission(path, config, find_config_file(config_file), options)
 
 
 def prepare(submission: Submission, *, quiet: bool = False) -> None:
-    """Run the recipe, as rank 0 of the job's ranks, up to where they would meet. Where it fails, it has said why."""
+    """Run the recipe as rank 0 of the job's ranks, up to where the ranks would meet.
+
+    If it fails, it has printed why, and this process exits with its exit code.
+    """
     options = submission.options
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": options.num_ranks, "LOCAL_WORLD_SIZE": options.num_local_ranks}
-    env = os.environ | submission.env() | {name: str(value) for name, value in place.items()}
+    rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": options.num_ranks, "LOCAL_WORLD_SIZE": options.num_local_ranks}
+    env = os.environ | submission.env() | {name: str(value) for name, value in rank.items()}
     config = dataclasses.replace(submission.config, prepare_only=True)
     command = [sys.executable, str(submission.recipe), *as_flags(dataclasses.asdict(config))]
     done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL if quiet else None)
@@ -85,9 +89,9 @@ def prepare(submission: Submission, *, quiet: bool = False) -> None:
 
 
 def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
-    """Copy code and settings into the run folder and write job.sbatch beside them. Returns it. Raises UserError.
+    """Copy code and settings into the run folder and write job.sbatch beside them. Returns its path. Raises UserError.
 
-    `offline`: what it needs from the hub is there already.
+    `offline`: everything that the job needs from the hub is downloaded already.
     """
     folder, partial = submission.folder, submission.folder.partial_name(submission.folder.job)
     try:
@@ -109,18 +113,18 @@ def _copy_code(recipe: Path, code: Path) -> None:
     shutil.copytree(Path(lora_dist.__file__).parent, code / "lora_dist", ignore=ignore)
     (code / COMMIT_FILE).write_text(git_commit() or "")
     (code / "recipes").mkdir()
-    for file in recipe.parent.glob("*.py"):  # those beside it, as it may import them
+    for file in recipe.parent.glob("*.py"):  # the recipe may import the files beside it
         shutil.copy(file, code / "recipes")
 
 
 def _copy_named_files(submission: Submission, job: Path) -> TrainConfig:
-    """Copy the files that settings name; the settings, naming the copies."""
+    """Copy the files that settings name into the job folder. Returns the settings with the paths of the copies."""
     config, final = submission.config, submission.folder.job
     text = submission.config_file.read_text(encoding="utf-8")
     env = submission.env()
-    of_accelerate = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if of_accelerate != "none":
-        shutil.copy(of_accelerate, job / "deepspeed.json")
+    deepspeed_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if deepspeed_file != "none":
+        shutil.copy(deepspeed_file, job / "deepspeed.json")
         copy = str(final / "deepspeed.json")
         named = read_config_file(submission.config_file)["deepspeed_config"]["deepspeed_config_file"]
         text, env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text.replace(named, copy), copy
@@ -135,16 +139,16 @@ def _copy_named_files(submission: Submission, job: Path) -> TrainConfig:
 
 
 def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
-    """The job as `slurm.render` takes it."""
+    """The job that `slurm.render` makes into an sbatch file."""
     options, folder = submission.options, submission.folder
     lines = ['export PYTHONPATH="$run/job/code${PYTHONPATH:+:$PYTHONPATH}"']
     if options.launcher == "srun":
-        lines.append('set -a; . "$run/job/accelerate.env"; set +a  # what accelerate launch makes of accelerate.yaml')
+        lines.append('set -a; . "$run/job/accelerate.env"; set +a  # what accelerate launch would set')
     else:
         flags = shlex.join(launcher_flags(submission.config_file, options.num_ranks))
         lines.append(f'accelerate_config="$run/job/accelerate.yaml" accelerate_flags=({flags})')
     if offline and not submission.config.push_to_hub:
-        lines.append("export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # base and data are there: prepared before")
+        lines.append("export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # base and data were downloaded before")
     python = options.python or ("python" if options.container_image else sys.executable)
     return Job(
         name=folder.root.name, options=options, run=shlex.quote(str(folder.root)),
@@ -154,29 +158,30 @@ def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
 
 
 def submit(submission: Submission, command: str, *, prepare: str) -> dict:
-    """Write the job and give it to Slurm; what is then in submitted.json. Raises UserError, and leaves no job.
+    """Write the job and submit it to Slurm. Returns the content of submitted.json.
 
-    `prepare`: here (it was done), job (in one that this one waits for) or no.
+    `prepare`: "here" (it was done), "job" (in another job that this job waits for) or "no". Raises UserError; then no
+    job is left.
     """
     folder = submission.folder
     if earlier := open_job(folder):
         job_id, state = earlier
         raise UserError(f"--output_dir {folder.root}: job {job_id} of this run is {state}; scancel {job_id} first")
-    was_there = folder.root.exists()
+    existed = folder.root.exists()
     script = write_job(submission, command, offline=prepare != "no")
     submitted = {"submitted": round(time.time()), "command": command}
     try:
-        after = []
+        dependency = []
         if prepare == "job":
             first = script.with_name("prepare.sbatch")
             one_task = dataclasses.replace(submission, options=dataclasses.replace(submission.options, launcher="srun"))
             write_whole(first, slurm.render_prepare(job_of(one_task, command, offline=False)))
             submitted["prepare_job_id"] = slurm.submit(first)
-            after = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
-        submitted["job_id"] = slurm.submit(script, *after)
+            dependency = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
+        submitted["job_id"] = slurm.submit(script, *dependency)
     except UserError:
         shutil.rmtree(folder.job)
-        if not was_there:
+        if not existed:
             shutil.rmtree(folder.root)
         raise
     submitted["log"] = str(folder.logs / f"{submitted['job_id']}-node0.log")
@@ -185,7 +190,7 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
 
 
 def open_job(folder: RunFolder) -> tuple[str, str] | None:
-    """(id, state) of the run's job, where it has one that did not end."""
+    """(id, state) of the run's job; None if it has none, or its job has ended."""
     file = folder.job / "submitted.json"
     if not file.exists():
         return None

@@ -88,13 +88,13 @@ def test_time_limits_in_all_forms_of_sbatch(text, expected):
         ({"gpus_per_node": 8, "nodes": 0}, "--nodes 0: must be 1 or more"),
         ({"gpus_per_node": -1}, "--gpus-per-node -1: must be 0 or more"),
         ({"gpus_per_node": 8, "time": "4h"}, "--time 4h: must be MINUTES, "),
-        ({"gpus_per_node": 8, "time": "3"}, "--time 3: leaves no time beside --grace 120 s"),
+        ({"gpus_per_node": 8, "time": "3"}, "--time 3: must be at least twice --grace 120 s"),
         ({"gpus_per_node": 8, "mem": "500 GB"}, "--mem 500 GB: must be a number and K, M, G or T"),
         ({"gpus_per_node": 8, "partition": "a b"}, "--partition 'a b': must be one word"),
         ({"gpus_per_node": 8, "launcher": "mpirun"}, "--launcher mpirun: must be srun or accelerate"),
         ({"gpus_per_node": 8, "sbatch": ["reservation"]}, "--sbatch reservation: must be KEY=VALUE"),
         ({"gpus_per_node": 8, "sbatch": ["output=x"]}, "--sbatch output=x: is set by submit"),
-        ({"gpus_per_node": 8, "sbatch": ["time=10"]}, "--sbatch time=10: is set by submit; it has --time"),
+        ({"gpus_per_node": 8, "sbatch": ["time=10"]}, "--sbatch time=10: is set by submit; use --time"),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_submission(asked, message):
@@ -109,7 +109,7 @@ def test_options_are_checked_before_submission(asked, message):
         ("--gpu-per-node 8 recipes/opt_quotes.py", "--gpu-per-node: no such option; did you mean --gpus-per-node?"),
         ("--zzz 8 recipes/opt_quotes.py", "no such option; the options before the recipe are --config_file --nodes"),
         ("--gpus-per-node 8", "recipe: none is given"),
-        ("--gpus-per-node 8 recipes/opt_quote.py", "--recipe recipes/opt_quote.py: no such file"),
+        ("--gpus-per-node 8 recipes/opt_quote.py", "recipe recipes/opt_quote.py: no such file"),
         ("--gpus-per-node 8 lora_dist/config.py", "lora_dist/config.py: has no CONFIG, GPU, EMBEDDED, main"),
         ("--gpus-per-node 8 recipes/opt_quotes.py --lora_rr 8", "--lora_rr: no such flag; did you mean --lora_r?"),
         ("--gpus-per-node 8 --config_file no.yaml recipes/opt_quotes.py", "--config_file no.yaml: no such file"),
@@ -204,7 +204,7 @@ def test_any_number_of_requeues_while_it_gets_on(tmp_path):
 
 def test_where_slurm_refuses_the_requeue_it_says_what_to_do(tmp_path):
     code, _, said = run_body(tmp_path, code=0, status="preempted", signal=True, scontrol=1)
-    assert code == 1 and "cannot be requeued; give this file to sbatch again" in said
+    assert code == 1 and "cannot be requeued; give this file to sbatch again: the run continues from there" in said
 
 
 def test_a_failed_preflight_trains_nothing(tmp_path):

@@ -110,7 +110,7 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
 
     job.until_step(3)
     cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)  # as Slurm does before the time limit
-    until(lambda: "requeued, to go on from step" in job.log, 30)
+    until(lambda: "requeued, to continue from step" in job.log, 30)
     saved, wandb_run = job.state["step"], job.state["wandb_run_id"]
     assert 3 <= saved < STEPS and job.state["status"] == "preempted"
     waiting = cluster.run(f"{BIN}/lora-dist", "status", str(job.folder)).stdout

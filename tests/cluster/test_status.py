@@ -44,7 +44,7 @@ def test_a_running_run(folder):
     assert found.text().splitlines() == [
         f"run: {folder.root}: running, step 30 of 200, 2 restarts",
         "saved: step 25",
-        "rate: 0.50 s a step, 1000 tokens a second; 0:01:25 left",
+        "rate: 0.50 s per step, 1000 tokens per second; 0:01:25 left",
         "loss: 2.7000 training, 2.7000 held-out",
     ]
     assert json.loads(json.dumps(found.as_dict()))["num_steps"] == 200
@@ -53,7 +53,7 @@ def test_a_running_run(folder):
 def test_a_run_that_fell_silent_is_doubted(folder):
     with open(folder.metrics, "w") as file:
         file.write(json.dumps({"train/global_step": 30, "time": time.time() - 200}) + "\n")
-    assert "warning: nothing was logged for 0:03:20: it may be gone" in read_status(folder.root).text()
+    assert "warning: nothing was logged for 0:03:20; the run may have ended" in read_status(folder.root).text()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_run_that_fell_silent_is_doubted(folder):
     [
         (RUNNING, "job: 12 RUNNING on node[1-2], 01:02:03 of 04:00:00, 2 requeues"),
         (PENDING, "job: 12 PENDING (Resources), expected to start 2026-11-25T04:00:00"),
-        ({}, "job: 12, which Slurm does not know here (any more)"),
+        ({}, "job: 12, which Slurm does not know here, or no longer knows"),
     ],
 )
 def test_its_job(folder, monkeypatch, job, line):
