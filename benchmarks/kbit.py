@@ -73,7 +73,7 @@ def train(base):
                 ).logits
             loss = CAUSAL_LM.summed_loss(logits, batch.labels_BL)
             loss.backward()
-            total, trained = total + loss.item(), trained + batch.num_trained
+            total, trained = total + loss.item(), trained + batch.num_trained_tokens
         for param in trainable_parameters(model).values():
             param.grad /= trained
         optimizer.step()

@@ -59,7 +59,8 @@ def evaluate(run: Run) -> tuple[float, float]:
 
     def sums(piece: int, batch: MicroBatch) -> torch.Tensor:
         loss, correct = forward_loss(run.training, batch)
-        return torch.tensor([loss.item(), correct.item(), 0 if piece else batch.num_trained], dtype=torch.float64)
+        num_trained = 0 if piece else batch.num_trained_tokens
+        return torch.tensor([loss.item(), correct.item(), num_trained], dtype=torch.float64)
 
     loss, correct, num_trained = over_held_out(run, sums, 3).sum((0, 1)).tolist()
     return loss / num_trained, correct / num_trained
@@ -76,8 +77,8 @@ def predict(run: Run) -> torch.Tensor:
     def judge(piece: int, batch: MicroBatch) -> torch.Tensor:
         with run.accelerator.autocast():
             logits = run.model(**model_inputs(run.model, batch), use_cache=False).logits
-        of_rows = logits.float() if task.name == "SEQ_CLS" else task.exact(logits, batch.labels_BL).float()[:, None]
-        return of_rows.flatten()
+        answers = logits if task.name == "SEQ_CLS" else task.exact_match(logits, batch.labels_BL)[:, None]
+        return answers.float().flatten()
 
     batches = held_out_batches(run)
     found = over_held_out(run, judge, width * run.config.per_device_eval_batch_size)[:, 0]

@@ -12,10 +12,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dist.config import parse_config
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import RunFailed
 from lora_dist.files import is_complete
+from lora_dist.flags import parse_config
 from lora_dist.run.folder import RunFolder
 from tests.helpers.parity import batch_of, load_sharded
 from tests.helpers.ranks import fork_ranks, launch, launch_recipe, start_rank
@@ -163,7 +163,8 @@ def test_a_completed_run_is_left_as_it_is(int8_run):
     assert done[0][1] == f"{folder.root}: the run is completed, at step {STEPS}; nothing to do\n" and not done[1][1]
     done = fork_ranks(*FLAGS, *again, "--seed", "1", env=bf16)
     assert [code for code, _, _ in done] == [2, 2]
-    assert done[0][2].startswith(f"error: --output_dir {folder.root}: holds a run with other settings: seed 42, now 1")
+    expected = f"error: --output_dir {folder.root}: holds a run with other settings: seed was 42, is now 1"
+    assert done[0][2].startswith(expected)
     now = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*") if path.is_file() and path.name != ".lock"}
     assert now == files
 
@@ -197,7 +198,7 @@ def test_plain_peft_loads_the_adapter_to_the_logits_of_training(tmp_path):
             batch = collate(rows[start : start + 8], tokenizer.pad_token_id)
             logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
             loss += CAUSAL_LM.summed_loss(logits, batch.labels_BL).item()
-            num_tokens += batch.num_trained
+            num_tokens += batch.num_trained_tokens
     measured = json.loads(folder.state.read_text())["summary"]["eval_loss"]
     assert loss / num_tokens == pytest.approx(measured, abs=1e-6)
 

@@ -157,7 +157,7 @@ def not_finite(at_step: int, index: int, what: str):
             return now["index"] == index and (now["step"] == at_step or (at_step == -1 and now["step"] >= 2))
 
         def read_micro_batch(run, step, turn):
-            now.update(step=step, index=run.read.turns[turn])
+            now.update(step=step, index=run.read.indices[turn])
             return read(run, step, turn)
 
         def forward_loss(run, batch):

@@ -98,5 +98,5 @@ def test_a_mean_of_means_would_be_found_out(config, tmp_path):
     for i in range(12):
         batch = collate([rows()[i]], 1)
         loss = CAUSAL_LM.summed_loss(model(input_ids=batch.input_ids_BT).logits, batch.labels_BL).item()
-        means.append(loss / batch.num_trained)
+        means.append(loss / batch.num_trained_tokens)
     assert sum(means) / 12 != pytest.approx(one_big_batch(model, range(12))[0], rel=1e-4)
