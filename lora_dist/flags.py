@@ -24,7 +24,7 @@ SAME_AS = {
         "--max_length": "max_seq_length max_seq_len seq_len cutoff_len sequence_len block_size",
         "--learning_rate": "lr",
         "--num_train_epochs": "epochs num_epochs",
-        "--max_steps": "steps max_samples max_steps_per_epoch",
+        "--max_steps": "steps max_steps_per_epoch",
         "--warmup_steps": "warmup warmup_ratio num_warmup_steps",
         "--lr_scheduler_type": "lr_scheduler scheduler",
         "--per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
