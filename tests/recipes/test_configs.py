@@ -10,7 +10,7 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.packing import check_packing
 from lora_dist.flags import parse_config
 from lora_dist.model.adapters import check_targets
-from lora_dist.model.placement import peak_bytes
+from lora_dist.model.memory import peak_bytes
 from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from tests.helpers.ranks import ROOT
 
