@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks, memory of a process, a base of a given size, and a table for the log."""
+"""Shared by the benchmarks: ranks, memory of a process, a base of a given size, and tables in Markdown."""
 
 import contextlib
 import multiprocessing
@@ -34,27 +34,29 @@ LAUNCHER_ENV = {
 
 
 def run_ranks(fn, num_ranks: int, *args) -> list:
-    """[fn(rank, *args) of each rank], on gloo ranks that are forked from this process. An error in one ends all."""
+    """Run fn(rank, *args) on gloo ranks forked from this process; returns their results. An error in one ends all."""
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_run_rank, (fn, num_ranks, folder, args), nprocs=num_ranks, start_method="fork")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 
 def _run_rank(rank: int, fn, num_ranks: int, folder: str, args: tuple) -> None:
-    os.environ.update(_place(rank, num_ranks))
+    os.environ.update(_rank_env(rank, num_ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
     torch.save(fn(rank, *args), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _place(rank: int, num_ranks: int) -> dict[str, str]:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    return {name: str(value) for name, value in place.items()}
+def _rank_env(rank: int, num_ranks: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {name: str(value) for name, value in numbers.items()}
 
 
 @dataclass
 class RecipeRanks:
+    """Processes that run a recipe; `folder` holds their stdout and stderr."""
+
     processes: list
     folder: Path
 
@@ -72,7 +74,7 @@ class RecipeRanks:
 def recipe_ranks(
     *flags: str, num_ranks: int, strategy: str, env: dict | None = None, patch: Callable | None = None
 ) -> Iterator[RecipeRanks]:
-    """Start the ranks of recipes/opt_quotes.py as forks of this process, which spares each the time of the imports.
+    """Start the ranks of recipes/opt_quotes.py as forks of this process, so that none has to import the packages again.
 
     `patch(rank)` is called in each rank before the recipe. At the end of the block all ranks are killed.
     """
@@ -110,7 +112,7 @@ def run_recipe(*flags: str, num_ranks: int = 2, timeout_s: float = 300, **kwargs
 def _run_recipe(rank: int, num_ranks: int, flags: tuple, env: dict, folder: str, patch: Callable | None) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{kind}", os.O_WRONLY), number)
-    os.environ.update(_place(rank, num_ranks) | env)
+    os.environ.update(_rank_env(rank, num_ranks) | env)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     sys.argv = ["opt_quotes.py", *flags]
@@ -134,7 +136,7 @@ def wait_until(condition: Callable, timeout_s: float) -> None:
 
 
 def make_base(folder: Path, num_layers: int, hidden_size: int = 2048, vocab_size: int = 32000) -> Path:
-    """A random Llama in fp16, in safetensors of 500 MB; TinyLlama's shape but for the number of layers."""
+    """A random Llama in fp16, in safetensors files of 500 MB. By default it has TinyLlama's shape."""
     if not (folder / "config.json").exists():
         config = LlamaConfig(
             vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 11 // 4,
@@ -147,16 +149,20 @@ def make_base(folder: Path, num_layers: int, hidden_size: int = 2048, vocab_size
 
 
 def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status, e.g. VmHWM."""
+    """Value of a field of /proc/self/status in bytes, e.g. VmHWM."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def bytes_read() -> int:
+    """Bytes that this process has read with read and pread."""
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 class PeakMemory:
-    """Peak of this process above its start: `anonymous` memory, sampled every 2 ms, and `resident`, file pages too."""
+    """Peak memory of this process above that at the start of the block, in bytes.
+
+    `anonymous`: without file pages, sampled every 2 ms. `resident`: with file pages.
+    """
 
     def __enter__(self):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

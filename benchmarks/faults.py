@@ -1,11 +1,11 @@
-"""A run that is killed, signalled, starved of disk and tampered with until it has been through so many faults.
+"""Disturbs runs with many random faults, and compares them with a run that was not disturbed.
 
     python benchmarks/faults.py [--faults 200] [--seed 0]
 
-Training runs of 24 steps on the embedded base, on a disk of their own of 6 MB (a tmpfs, so as root), are disturbed at
-random: each life of a run has another number of ranks and another placement, and ends by a fault that hits it while
-it loads, takes a step, saves or evaluates. Whenever a run gets to its end, its adapter and all its losses are compared
-with those of a run that nothing happened to, and the next one begins.
+The runs have 24 steps, train the embedded base, and have their own disk of 6 MB (a tmpfs, so this needs root). Each
+start of a run has a random number of ranks and a random placement, and ends by a random fault while it loads, takes a
+step, saves or evaluates. Whenever a run is completed, its adapter and all its losses are compared with those of a run
+that was not disturbed, and the next run begins.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FLAGS = ("--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--eval_ste
 FLAGS += ("--learning_rate", "3e-3", "--max_length", "64", "--packing", "true", "--per_device_train_batch_size", "1")
 FLAGS += ("--eval_fraction", "0.02", "--report_to", "none", "--sample_prompt", "", "--max_failed_saves", "100")
 ENV = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-PLACES = (  # ranks, strategy, flags
+PLACEMENTS = (  # ranks, strategy, flags
     (1, "ddp", ()), (2, "ddp", ()), (2, "fsdp", ()), (2, "fsdp", ("--resident_layers", "2")), (2, "pipeline", ()),
     (3, "fsdp", ()), (4, "hsdp", ("--shard_size", "2")),
 )  # fmt: skip
@@ -47,7 +47,7 @@ FAULTS = {kind: weight for kind, weight in zip(KILLS, (12, 5), strict=True)} | {
 
 
 def mark_phases(phase):
-    """A patch: rank 0 says what it is doing."""
+    """A patch: rank 0 writes the number of its phase (see PHASES) to `phase`."""
 
     def patch(rank: int) -> None:
         if rank:
@@ -87,28 +87,30 @@ def adapter(folder: RunFolder) -> bytes:
 
 
 def accumulation(num_ranks: int) -> tuple[str, str]:
-    """The flag that begins a run with MICRO_BATCHES on any number of ranks; on 3 it has to be going on."""
+    """The flag that starts a run with MICRO_BATCHES per step. On 3 ranks a run can only be continued."""
     return "--gradient_accumulation_steps", str(max(1, MICRO_BATCHES // num_ranks))
 
 
 class Bench:
+    """Starts runs, disturbs them, and counts what happened."""
+
     def __init__(self, seed: int, disk: Path):
         self.random, self.disk = random.Random(seed), disk
-        self.faults, self.hits, self.lives = Counter(), Counter(), 0
+        self.faults, self.hits, self.starts = Counter(), Counter(), 0
         self.completed, self.differing, self.lost_steps, self.leaving_s = 0, 0, [], []
-        self.tampered: Path | None = None  # not yet found out
+        self.tampered: Path | None = None  # a checkpoint that this benchmark damaged and no start has noticed yet
         self.damaged, self.refused, self.half_written, self.left_behind = 0, 0, 0, 0
 
-    def life(self, folder: RunFolder, whole: RunFolder, *, undisturbed: bool) -> None:
-        """One start of the run: on other ranks, until a fault or its end."""
-        begun, (expected, _) = folder.state.exists(), folder.newest_whole_checkpoint()
-        num_ranks, strategy, flags = self.random.choice([p for p in PLACES if begun or p[0] != 3])
+    def start(self, folder: RunFolder, whole: RunFolder, *, undisturbed: bool) -> None:
+        """One start of the run, on random ranks, until a fault or its end."""
+        exists, (expected, _) = folder.state.exists(), folder.newest_whole_checkpoint()
+        num_ranks, strategy, flags = self.random.choice([p for p in PLACEMENTS if exists or p[0] != 3])
         kind = self.random.choices(list(FAULTS), FAULTS.values())[0]
         target, phase = self.random.randrange(len(PHASES)), multiprocessing.Value("i", -1)
         flags = (*FLAGS, *accumulation(num_ranks), *flags, "--output_dir", str(folder.root))
-        if begun:  # as it was begun, whatever the ranks are now
+        if exists:  # the accumulation of its first start, whatever the ranks are now
             flags += accumulation(folder.read_state()["facts"]["num_ranks"])
-        self.lives += 1
+        self.starts += 1
         with recipe_ranks(*flags, num_ranks=num_ranks, strategy=strategy, env=ENV, patch=mark_phases(phase)) as ranks:
             hit = not undisturbed and self._wait_for(ranks, phase, target)
             if hit:
@@ -124,7 +126,7 @@ class Bench:
         if self.tampered and "is renamed to" in said:
             assert f"warning: {self.tampered} is damaged" in said, said
             self.refused, self.tampered = self.refused + 1, None
-            shutil.rmtree(next(folder.checkpoints.glob("*.damaged")))  # or the disk would soon be full
+            shutil.rmtree(next(folder.checkpoints.glob("*.damaged")))  # otherwise the disk would soon be full
         if not hit or kind.startswith("SIGUSR1"):
             assert [code for code, _, _ in ended] == [0] * num_ranks, said
         if folder.state.exists() and folder.read_state()["status"] == "completed":
@@ -164,7 +166,7 @@ class Bench:
             self.leaving_s.append(time.monotonic() - started)
 
     def _after(self, kind: str, folder: RunFolder) -> None:
-        """What a fault left behind; and what somebody does to it."""
+        """Count what a fault left behind, and damage the newest checkpoint if `kind` says so."""
         (self.disk / "filler").unlink(missing_ok=True)
         if not folder.state.exists():
             return
@@ -196,7 +198,7 @@ class Bench:
 
 
 def trajectory_until_cut(folder: RunFolder) -> list[tuple]:
-    """As `trajectory`, of a file whose last line may be cut off."""
+    """Like `trajectory`, for a file whose last line may be cut off; only the steps."""
     lines = folder.metrics.read_text().splitlines(keepends=True) if folder.metrics.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(m["train/global_step"],) for m in found if "train/loss" in m]
@@ -219,7 +221,7 @@ def main() -> None:
             run_recipe(*flags, strategy="fsdp", env=ENV)
             bench = Bench(args.seed, disk)
             while bench.faults.total() < args.faults or RunFolder(disk / "run").state.exists():
-                bench.life(RunFolder(disk / "run"), whole, undisturbed=bench.faults.total() >= args.faults)
+                bench.start(RunFolder(disk / "run"), whole, undisturbed=bench.faults.total() >= args.faults)
         finally:
             subprocess.run(["umount", "-l", disk], check=True)
     report(bench, args, time.monotonic() - started)
@@ -232,22 +234,23 @@ def report(bench: Bench, args, seconds: float) -> None:
             "Faults", f"python benchmarks/faults.py --faults {args.faults} --seed {args.seed}", __doc__.split("\n\n")[2]
         )
     )
-    print(table(["fault", "times"], sorted(bench.faults.items(), key=lambda item: -item[1])))
-    print(table(["it came during", "times"], bench.hits.most_common()))
+    print(table(["fault", "number"], sorted(bench.faults.items(), key=lambda item: -item[1])))
+    print(table(["phase that it hit", "number"], bench.hits.most_common()))
     rows = [
         ["SIGKILLs of a run", kills],
-        ["starts, each on other ranks", bench.lives],
-        ["runs that got to their end", bench.completed],
-        ["of those with another adapter, or another loss at any step, than the undisturbed run",
+        ["starts, on varying ranks", bench.starts],
+        ["completed runs", bench.completed],
+        ["completed runs whose adapter, or loss at any step, differs from the undisturbed run",
          bench.differing],
-        ["checkpoints that were damaged; named by a later start and not used", f"{bench.damaged}; {bench.refused}"],
-        ["half-written checkpoints that had a checkpoint's name", bench.half_written],
-        [f"steps taken again after a fault (saved every {SAVE_STEPS}): median, most",
+        ["checkpoints that were damaged; of these, named by a later start and not used",
+         f"{bench.damaged}; {bench.refused}"],
+        ["half-written checkpoints under the name of a complete one", bench.half_written],
+        [f"steps repeated after a fault (saved every {SAVE_STEPS}): median, maximum",
          f"{statistics.median(bench.lost_steps):.0f}, {max(bench.lost_steps)}"],
-        ["seconds until the others had left, after a rank was killed: median, most",
+        ["seconds until the other ranks had ended, after one was killed: median, maximum",
          f"{statistics.median(bench.leaving_s):.1f}, {max(bench.leaving_s):.1f}"],
-        ["ranks that had not left 2 minutes later", bench.left_behind],
-        ["minutes in all", f"{seconds / 60:.1f}"],
+        ["ranks that had not ended 2 minutes later", bench.left_behind],
+        ["minutes in total", f"{seconds / 60:.1f}"],
     ]  # fmt: skip
     print(table(["", ""], rows))
 

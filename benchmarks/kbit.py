@@ -1,4 +1,6 @@
-"""fp32 norms against PEFT's `prepare_model_for_kbit_training`, which makes all that is not quantized fp32.
+"""Keeping only the norms in fp32, compared with PEFT's `prepare_model_for_kbit_training`.
+
+PEFT's function converts all weights that are not quantized to fp32.
 
     python benchmarks/kbit.py > benchmarks/kbit_cpu_DATE.md
 
@@ -49,7 +51,7 @@ def theirs():
 
 
 def train(base):
-    """(loss of each step, bytes of what is not quantized)"""
+    """(loss of each step, bytes of the parameters that are not quantized)"""
     plain = sum(p.nbytes for p in base.parameters() if p.is_floating_point())
     config = dataclasses.replace(CONFIG, gradient_checkpointing=False)
     model = add_adapters(base, config)
@@ -83,7 +85,7 @@ def train(base):
 
 
 def opt_6_7b_bytes() -> tuple[int, int]:
-    """Bytes of what is not quantized of OPT-6.7B, without its linears' biases: norms in fp32, and all in fp32."""
+    """Bytes of OPT-6.7B that are not quantized, without the linears' biases: (norms in fp32, all in fp32)."""
     config = OPTConfig(
         hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32
     )
@@ -104,11 +106,11 @@ def main():
     first, second = losses.values()
     differences = [abs(a - b) / b for a, b in zip(first, second, strict=True)]
     small, large = opt_6_7b_bytes()
-    what = __doc__.split("\n\n")[-1].strip() + f" {STEPS} steps of {PER_STEP} x 4 rows, dropout of the adapters 0."
-    print(header("What is kept in fp32", "python benchmarks/kbit.py", what))
-    print(table(["", "not quantized MB", "loss of step 1", f"of step {STEPS}"], rows))
-    print(f"Relative difference of the loss: mean {sum(differences) / STEPS:.2e}, most {max(differences):.2e}.")
-    print(f"Counted for OPT-6.7B, a rank that holds it whole: {mb(small)} MB, and {mb(large)} MB with all in fp32.")
+    what = __doc__.split("\n\n")[-1].strip() + f" {STEPS} steps of {PER_STEP} x 4 rows, adapters without dropout."
+    print(header("Parameters kept in fp32", "python benchmarks/kbit.py", what))
+    print(table(["", "not quantized MB", "loss of step 1", f"loss of step {STEPS}"], rows))
+    print(f"Relative difference of the loss: mean {sum(differences) / STEPS:.2e}, maximum {max(differences):.2e}.")
+    print(f"Computed for OPT-6.7B, if a rank holds all of it: {mb(small)} MB, or {mb(large)} MB with all in fp32.")
 
 
 if __name__ == "__main__":

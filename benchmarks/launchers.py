@@ -1,9 +1,9 @@
-"""One srun task for each rank, or accelerate launch on each machine: a Slurm job of 2 machines x 2 ranks, both ways.
+"""Two ways to start the ranks of a Slurm job: one srun task per rank, or accelerate launch on each node (2 x 2 ranks).
 
     python benchmarks/launchers.py [--rounds 3]
 
-Needs a Slurm whose machines are parts of this one, as the ranks are killed from here. The tests have such a Slurm, of
-namespaces; with root, slurm-wlm and munge the benchmark runs in it:
+Needs a Slurm whose nodes run on this machine, because the ranks are killed from here. The tests have such a Slurm, made
+of namespaces. With root, slurm-wlm and munge, the benchmark runs in it:
 
     python -m tests.helpers.slurm_cluster python benchmarks/launchers.py
 """
@@ -45,17 +45,17 @@ def steps(root: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def of_one(launcher: str, folder: Path) -> dict:
+def measure(launcher: str, folder: Path) -> dict:
     measured, root = {}, folder / "saved"
     job, log = submit(launcher, root)
     wait_until(lambda: job_fields(job).get("JobState") == "RUNNING", 120)
     started = time.time()
     wait_until(lambda: steps(root), 120)
-    measured["to the first step, s"] = steps(root)[0]["time"] - started
+    measured["from start to the first step, s"] = steps(root)[0]["time"] - started
     asked = time.time()
     assert run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     wait_until(lambda: "the ranks exited" in log.read_text(), 60)
-    measured["from USR1 to all gone, s"] = time.time() - asked
+    measured["from USR1 to the end of all ranks, s"] = time.time() - asked
     assert "exited with 0; the run is preempted" in log.read_text(), log.read_text()
     run("scancel", job)
     wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
@@ -66,8 +66,8 @@ def of_one(launcher: str, folder: Path) -> dict:
     size, killed = log.stat().st_size, time.time()
     run("pkill", "-9", "-n", "-f", "python3* .*opt_quotes.py --config.*killed")
     wait_until(lambda: "the ranks exited" in log.read_text(), 120)
-    measured["from a rank's SIGKILL to all gone, s"] = time.time() - killed
-    measured["lines that it logs"] = len(log.read_bytes()[size:].splitlines())
+    measured["from SIGKILL of a rank to the end of all ranks, s"] = time.time() - killed
+    measured["lines logged after the SIGKILL"] = len(log.read_bytes()[size:].splitlines())
     run("scancel", job)
     wait_until(lambda: job_fields(job).get("JobState") in ENDED, 120)
 
@@ -87,7 +87,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for launcher in found:
-                found[launcher].append(of_one(launcher, Path(folder) / f"{launcher}-{number}"))
+                found[launcher].append(measure(launcher, Path(folder) / f"{launcher}-{number}"))
                 print(launcher, found[launcher][-1], flush=True)
     print("\n| median of", rounds, "| " + " | ".join(found) + " |\n|---|---|---|")
     for name in found["srun"][0]:

@@ -1,9 +1,9 @@
-"""Loading a base of 1.5 GB on 2 and 4 ranks: ours, the quantized cache, and what transformers + bitsandbytes does.
+"""Time and memory to load a base of 1.5 GB on 2 and 4 ranks: sharded, from the cache, and with transformers.
 
     python benchmarks/load.py > benchmarks/load_cpu_DATE.md
 
-The kinds of loading are interleaved, `REPEATS` rounds. The file is in the page cache: reading costs little here, which
-favours those who read more.
+The ways to load take turns, for `REPEATS` rounds. The file is in the page cache, so reading costs little here. This
+favours the ways that read more.
 """
 
 import os
@@ -67,7 +67,7 @@ def main():
         shutil.copy(BASE_DIR / file, base)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     kinds = {"sharded at load": (ours, False), "from the quantized cache": (ours, True)}
-    kinds["transformers + bitsandbytes, every rank all"] = (theirs, False)
+    kinds["transformers + bitsandbytes, all of it on every rank"] = (theirs, False)
     raw, rows = [], []
     for quantization in ("int8", "nf4"):
         cache = folder / quantization
@@ -81,7 +81,7 @@ def main():
                     worst = [max(values) for values in zip(*ranks, strict=True)]
                     sofar = results.get(kind + " worst", worst)
                     results[kind + " worst"] = [max(pair) for pair in zip(worst, sofar, strict=True)]
-            reference = median(results["transformers + bitsandbytes, every rank all"])
+            reference = median(results["transformers + bitsandbytes, all of it on every rank"])
             for kind in kinds:
                 _, read, anonymous, resident, held = results[kind + " worst"]
                 seconds = median(results[kind])
@@ -90,10 +90,10 @@ def main():
                 raw.append(f"{quantization}, {num_ranks} ranks, {kind}: {[round(s, 2) for s in results[kind]]} s")
     shutil.rmtree(folder)
     what = (
-        f"A random Llama of {NUM_LAYERS} layers, {mb(size)} MB in fp16, to bf16 and the quantized format. Seconds: of the "
-        f"slowest rank, median of {REPEATS} interleaved rounds, and as a ratio to the last kind. Bytes: of the rank "
-        "with most. Read: with read and pread, as the kernel counts; transformers maps the file, which it does not "
-        "count. Peaks: above the start of the load; resident includes mapped file pages."
+        f"A random Llama of {NUM_LAYERS} layers, {mb(size)} MB in fp16, loaded as bf16 and quantized. Seconds: of the "
+        f"slowest rank, median of {REPEATS} interleaved rounds, also as a ratio to the last way. Bytes: of the rank "
+        "with the most. Read: with read and pread, counted by the kernel, which does not count the mapped file of "
+        "transformers. Peaks: above the start of the load; resident includes mapped file pages."
     )
     columns = ["format", "ranks", "how", "s", "ratio", "read MB", "peak anonymous MB", "peak resident MB", "held MB"]
     print(header("Loading on CPU", "python benchmarks/load.py", what))

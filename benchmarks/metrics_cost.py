@@ -1,10 +1,11 @@
-"""What it costs a step to be measured and logged: milliseconds on rank 0, and their share of the step.
+"""The cost of measuring and logging a step: milliseconds on rank 0, and their fraction of the step.
 
     python benchmarks/metrics_cost.py
 
-Two CPU ranks, fsdp, the embedded base, every step logged. Wall time of what training waits for: reading the clocks'
-sums, the ranks' gather, the line on the disk, the mirrors, the line for people, and the count of tokens that are right.
-The ranks meet before they gather, uncounted: a rank that is early waits there and not in the next step's first gather.
+Two CPU ranks, fsdp, the embedded base, every step logged. Counted is the wall time that training waits for: summing the
+clocks, gathering the ranks' numbers, writing the line, the trackers, the progress line, and counting right tokens. The
+ranks wait for each other before the gather, which is not counted: otherwise a rank that is early would wait in the
+gather.
 """
 
 import json
@@ -17,17 +18,17 @@ from pathlib import Path
 from common import run_recipe
 
 FLAGS = "--max_steps 40 --warmup_steps 2 --eval_fraction 0 --dataset_test_split none --save_steps 0 --sample_prompt"
-PARTS = {  # of lora_dist
-    "training.loop:rank_metrics": "the ranks' numbers, gathered",
-    "training.loop:step_metrics": "the step's numbers",
-    "tracking.metrics:MetricsLog.log": "metrics.jsonl and the mirror",
-    "training.terminal:ProgressLine.update": "the line for people",
-    "data.tasks:Task.num_correct": "tokens that are right",
+PARTS = {  # function in lora_dist: what it does
+    "training.loop:rank_metrics": "ranks' metrics gathered",
+    "training.loop:step_metrics": "the step's metrics",
+    "tracking.metrics:MetricsLog.log": "metrics.jsonl and the tracker",
+    "training.terminal:ProgressLine.update": "the progress line",
+    "data.tasks:Task.num_correct": "right tokens counted",
 }
 
 
 def clocked(folder: Path):
-    """A patch: seconds in each of PARTS and in all of a step, of rank 0."""
+    """A patch: rank 0 writes the seconds of each part, and of the whole step, to `folder`/steps.json."""
 
     def patch(rank: int) -> None:
         import torch.distributed as dist
@@ -71,7 +72,7 @@ def clocked(folder: Path):
 
 
 def measure(report_to: str) -> dict[str, float]:
-    """Median milliseconds of each part, over the steps but the first five."""
+    """Median milliseconds of each part, over all steps except the first five."""
     with tempfile.TemporaryDirectory() as name:
         flags = [*FLAGS.split(), "", "--report_to", report_to, "--output_dir", f"{name}/run"]
         env = {"ACCELERATE_MIXED_PRECISION": "bf16", "WANDB_MODE": "offline"}
@@ -81,7 +82,9 @@ def measure(report_to: str) -> dict[str, float]:
 
 
 def main():
-    print("| mirror | " + " | ".join(f"{what}, ms" for what in PARTS.values()) + " | all, ms | step, ms | share |")
+    print(
+        "| tracker | " + " | ".join(f"{what}, ms" for what in PARTS.values()) + " | total, ms | step, ms | fraction |"
+    )
     print("|---" * (len(PARTS) + 4) + "|")
     for report_to in ("none", "wandb", "tensorboard", "none", "wandb", "tensorboard"):
         parts = measure(report_to)

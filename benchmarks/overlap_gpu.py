@@ -1,8 +1,8 @@
-"""Whether the gathers run beside the computation: needs 2 GPUs or more. Not run: no GPU has been available.
+"""Do the gathers overlap with the computation? Needs 2 or more GPUs. Not run: no GPU has been available.
 
     torchrun --nproc_per_node 8 benchmarks/overlap_gpu.py facebook/opt-6.7b int8 > benchmarks/overlap_DATE.md
 
-One optimizer step is traced on rank 0, and the seconds of all-gather kernels that no other kernel covers are counted.
+One micro-batch is traced on rank 0. Counted are the seconds in which all-gather kernels run and no other kernel does.
 """
 
 import sys
@@ -21,7 +21,7 @@ from lora_dist.parallel.strategies import Placement
 
 
 def uncovered(gathers: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
-    """Of the time of `gathers`, (start, end) each, the part in which none of `others` runs."""
+    """Seconds in which one of `gathers` runs and none of `others`. Both are lists of (start, end)."""
     marks = [(t, kind, change) for kind, spans in enumerate((gathers, others)) for span in spans
              for t, change in zip(span, (1, -1), strict=True)]  # fmt: skip
     running, last, total = [0, 0], 0.0, 0.0
@@ -62,8 +62,8 @@ def main(name: str, quantization: str) -> None:
         gathering = sum(end - start for start, end in spans[True])
         print(header("Overlap of gathers and computation", f"torchrun benchmarks/overlap_gpu.py {name} {quantization}",
                      f"{dist.get_world_size()} x {torch.cuda.get_device_name()}"))  # fmt: skip
-        print(f"All-gather kernels: {gathering:.4f} s a micro-batch, of which {uncovered(*spans.values()):.4f} s with "
-              "no other kernel running.")  # fmt: skip
+        print(f"All-gather kernels: {gathering:.4f} s per micro-batch, of which {uncovered(*spans.values()):.4f} s "
+              "with no other kernel running.")  # fmt: skip
     dist.destroy_process_group()
 
 

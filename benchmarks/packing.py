@@ -1,9 +1,9 @@
-"""Trained tokens per second of padded, length-grouped and packed rows, steps of each in turn on one machine.
+"""Trained tokens per second with padded, length-grouped and packed rows, on one machine.
 
     python benchmarks/packing.py
 
 The padded rows are the tutorial's: 4 quotes a micro-batch, 4 micro-batches a step, int8, r=16 on q_proj, v_proj. Each
-step is timed alone, and the three kinds take turns, so that a noisy machine is noisy for all of them.
+step is timed alone, and the three kinds take turns, so that other load on the machine affects all of them.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def make_run(kind: str, config: TrainConfig, rows: Rows, tokenizer, device: torc
 
 
 def histogram(lengths, width: int = 40) -> str:
-    """Rows by length, in steps of 20 tokens, and what lies beyond 200."""
+    """Number of rows by length, in steps of 20 tokens; the last line has all rows above 200 tokens."""
     edges = [*range(0, 201, 20), int(lengths.max()) + 1]
     counts = [int(((lengths >= low) & (lengths < high)).sum()) for low, high in zip(edges, edges[1:], strict=False)]
     bars = ["#" * round(width * count / max(counts)) for count in counts]
@@ -66,15 +66,15 @@ def measure(config: TrainConfig, rows: Rows, tokenizer, device: torch.device) ->
     for step in range(1, 1 + STEPS):
         for kind, run in runs.items():
             started = time.perf_counter()
-            result = train_step(run, step)  # its loss is read, so a GPU is done
+            result = train_step(run, step)  # it reads the loss, so the GPU has finished
             seconds = time.perf_counter() - started
             seen[kind].append((seconds, result.num_trained_tokens, result.num_tokens, result.num_positions))
     lines, rates = [], {}
     for kind, steps in seen.items():
         seconds, trained, tokens, positions = (sum(column) for column in zip(*steps, strict=True))
         rates[kind] = trained / seconds
-        padding, beside = f"{1 - tokens / positions:.1%}", f"{rates[kind] / rates['padded']:.2f}"
-        lines.append([kind, padding, round(trained / STEPS), f"{seconds / STEPS:.2f}", round(rates[kind]), beside])
+        padding, ratio = f"{1 - tokens / positions:.1%}", f"{rates[kind] / rates['padded']:.2f}"
+        lines.append([kind, padding, round(trained / STEPS), f"{seconds / STEPS:.2f}", round(rates[kind]), ratio])
     return lines, {kind: [round(step[0], 3) for step in steps] for kind, steps in seen.items()}
 
 
@@ -96,9 +96,16 @@ def main() -> None:
         print(f"{len(rows)} quotes, {rows.lengths.sum()} tokens, by length:\n\n{histogram(rows.lengths)}\n")
         for name, base in bases.items():
             lines, raw = measure(dataclasses.replace(config, model_name_or_path=base), rows, tokenizer, device)
-            columns = ["rows", "padding", "trained tokens a step", "s a step", "trained tokens / s", "beside padded"]
+            columns = [
+                "rows",
+                "padding",
+                "trained tokens per step",
+                "s per step",
+                "trained tokens / s",
+                "ratio to padded",
+            ]
             print(f"## {name[0].upper() + name[1:]}\n\n{table(columns, lines)}")
-            print("Raw seconds a step: " + "; ".join(f"{kind}: {seconds}" for kind, seconds in raw.items()) + "\n")
+            print("Raw seconds per step: " + "; ".join(f"{kind}: {seconds}" for kind, seconds in raw.items()) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sum of gradients along a fixed tree, against a plain all-reduce: bytes on the wire, and time.
+"""The sum of gradients along a fixed tree, compared with a plain all-reduce: bytes sent, and time.
 
 python benchmarks/reduction.py > benchmarks/reduction_cpu_DATE.md
 """
@@ -17,7 +17,7 @@ from common import header, mb, run_ranks, table
 from lora_dist.parallel.exact_sum import TreeSum, block, tree_reduce
 
 NUMEL, REPEATS, COUNTER = 8_388_608, 7, Path("/sys/class/net/lo/statistics/tx_bytes")  # OPT-6.7B, r=16 on q and v
-CASES = [(2, 4), (2, 6), (4, 8), (4, 12)]  # ranks, micro-batches a step
+CASES = [(2, 4), (2, 6), (4, 8), (4, 12)]  # ranks, micro-batches per step
 
 
 def on_rank(rank, num_micro_batches):
@@ -60,9 +60,9 @@ def main():
             f"{plain_s * 1000:.0f}", f"{tree_s * 1000:.0f}", f"{tree_s / plain_s:.2f}",
         ])  # fmt: skip
     what = (
-        f"{NUMEL} fp32 numbers per micro-batch. Plain: gradients added in place, one all-reduce. Tree: what training "
-        "does. Sent: by all ranks together, by the kernel's counter of the loopback device. Medians of "
-        f"{REPEATS} interleaved repeats, local additions and copies included."
+        f"{NUMEL} fp32 numbers per micro-batch. Plain: gradients added in place, one all-reduce. Tree: as in "
+        "training. Sent: by all ranks together, counted by the kernel on the loopback device. Medians of "
+        f"{REPEATS} interleaved repeats, which include local additions and copies."
     )
     print(header("The cost of the tree, on CPU over gloo", "python benchmarks/reduction.py", what))
     columns = ["ranks", "micro-batches", "plain sent MB", "tree sent MB", "ratio", "plain ms", "tree ms", "ratio"]

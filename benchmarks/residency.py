@@ -1,4 +1,4 @@
-"""The dial from FSDP to DDP: what is held, gathered and alive, and the time of an optimizer step, on 2 ranks.
+"""Resident layers, from none (fsdp) to all (ddp): bytes held and gathered, peak memory and time of a step, on 2 ranks.
 
 python benchmarks/residency.py > benchmarks/residency_cpu_DATE.md
 """
@@ -23,8 +23,7 @@ from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows
 from lora_dist.model.adapters import add_adapters
 from lora_dist.model.load import load_base, meta_model
-from lora_dist.model.memory import base_bytes
-from lora_dist.model.placement import peak_bytes
+from lora_dist.model.memory import base_bytes, peak_bytes
 from lora_dist.parallel.fsdp import gathered_bytes
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.step import build_training, train_step
@@ -45,7 +44,7 @@ CONFIG = TrainConfig(
 
 
 def peak_of_live_bytes(training, step) -> int:
-    """Highest sum of the allocator's events in one step, above what was alive at its start."""
+    """Peak of the allocated bytes in one step, above those allocated at its start."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         train_step(training, step)
     alive = peak = 0
@@ -76,7 +75,9 @@ def on_rank(rank, placement, base, folder):
         results.append(train_step(training, step))
         times.append(time.perf_counter() - started)
     gathered = (gathered_bytes(model) - before) // STEPS
-    alive = base_memory.held + 3 * 4 * sum(p.numel() for p in training.params)  # with the adapters and AdamW's moments
+    alive = base_memory.held + 3 * 4 * sum(
+        p.numel() for p in training.params
+    )  # the base, and adapters with AdamW's moments
     peak = alive + peak_of_live_bytes(training, 1 + STEPS)
     return median(times), gathered, base_memory.held, peak, [(r.loss, r.grad_norm) for r in results]
 
@@ -103,15 +104,15 @@ def main():
     shutil.rmtree(folder)
     what = (
         f"A random Llama of {NUM_LAYERS} layers, hidden {HIDDEN}, vocabulary {VOCAB}, int8, bf16, LoRA r=16 on q and "
-        f"v, gradient checkpointing; an optimizer step is {ACCUMULATION} micro-batches a rank of 2 x {LENGTH} tokens. "
-        "Loss and gradient norm of all steps are the same bits in all rows (asserted). Gathered: all-gather output per "
-        "rank and optimizer step. Peak: of live bytes in a step, by torch's profiler. Estimate: what "
-        f"--resident_layers auto reckons with. Time: median of {ROUNDS} interleaved rounds of {STEPS} steps, as a "
+        f"v, gradient checkpointing; an optimizer step is {ACCUMULATION} micro-batches of 2 x {LENGTH} tokens per rank."
+        " Loss and gradient norm of all steps are the same bits in all rows (asserted). Gathered: all-gather output "
+        "per rank and optimizer step. Peak: allocated bytes in a step, by torch's profiler. Estimate: the peak that "
+        f"--resident_layers auto plans with. Time: median of {ROUNDS} interleaved rounds of {STEPS} steps, as a "
         "ratio to the first row."
     )
-    print(header("The residency dial on CPU, 2 ranks over gloo", "python benchmarks/residency.py", what))
+    print(header("Resident layers on CPU, 2 ranks over gloo", "python benchmarks/residency.py", what))
     print(table(["placement", "base held MB", "gathered MB", "peak MB", "estimate MB", "time"], rows))
-    print("Raw seconds a step: " + "; ".join(f"{n}: {[round(t, 3) for t in v]}" for n, v in times.items()))
+    print("Raw seconds per step: " + "; ".join(f"{n}: {[round(t, 3) for t in v]}" for n, v in times.items()))
 
 
 if __name__ == "__main__":

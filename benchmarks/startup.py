@@ -1,9 +1,9 @@
-"""What a rank does before its first step, by the number of ranks: CPU seconds, and bytes between ranks.
+"""The cost of a start by the number of ranks: CPU seconds per rank, and bytes sent between ranks.
 
     unshare --net bash -c 'ip link set lo up; python benchmarks/startup.py'
 
-All ranks share the cores of one machine, so wall time says nothing: CPU seconds of each rank are counted, imports left
-out. In a network namespace of its own all bytes of the loopback device are the ranks'.
+All ranks share the cores of one machine, so wall time means nothing. Counted are the CPU seconds of each rank, without
+imports. In its own network namespace, all bytes of the loopback device belong to the ranks.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def loopback_bytes() -> int:
 
 
 def count_into(folder: Path):
-    """For each rank: CPU seconds and the loopback's bytes at the end of each phase."""
+    """A patch: each rank writes CPU seconds and loopback bytes at the end of each phase to `folder`/RANK.json."""
 
     def patch(rank: int) -> None:
         from lora_dist.training import session
@@ -68,7 +68,7 @@ def count_into(folder: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    print("| ranks | " + " | ".join(f"{phase}: CPU s a rank | KB a rank" for phase in PHASES) + " |")
+    print("| ranks | " + " | ".join(f"{phase}: CPU s per rank | KB per rank" for phase in PHASES) + " |")
     print("|---" * (1 + 2 * len(PHASES)) + "|")
     for num_ranks in parser.parse_args().ranks:
         with tempfile.TemporaryDirectory() as name:
@@ -81,8 +81,8 @@ def main():
         cells = [str(num_ranks)]
         for phase in range(len(PHASES)):
             cpu_s = statistics.median(of_rank[phase + 1][0] - of_rank[phase][0] for of_rank in marks)
-            moved = statistics.median(of_rank[phase + 1][1] - of_rank[phase][1] for of_rank in marks)
-            cells += [f"{cpu_s:.3f}", f"{moved / num_ranks / 1e3:.0f}"]
+            sent = statistics.median(of_rank[phase + 1][1] - of_rank[phase][1] for of_rank in marks)
+            cells += [f"{cpu_s:.3f}", f"{sent / num_ranks / 1e3:.0f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Every strategy on the same base: what a rank holds, what crosses the network, and the time of an optimizer step.
+"""Every strategy on the same base: bytes held per rank, bytes sent per step, and the time of an optimizer step.
 
 python benchmarks/strategies.py > benchmarks/strategies_cpu_DATE.md
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed prints that it chose so
+os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed prints that it chose this
 
 import torch
 import torch.distributed as dist
@@ -94,13 +94,13 @@ def main():
     what = (
         f"A random Llama of {NUM_LAYERS} layers, hidden {HIDDEN}, vocabulary {VOCAB}, int8, bf16, LoRA r=16 on q and "
         f"v, gradient checkpointing; an optimizer step is {PER_STEP} micro-batches of 2 x {LENGTH} tokens. The "
-        "adapters after all steps are the same bytes in all rows (asserted). Sent: by both ranks together in a step, "
-        "headers included, by the kernel's counter of the loopback device. Time: of an optimizer step, median of "
+        "adapters after all steps are the same bytes in all rows (asserted). Sent: by both ranks together per step, "
+        "with headers, counted by the kernel on the loopback device. Time: of an optimizer step, median of "
         f"{ROUNDS} interleaved rounds of {STEPS} steps, as a ratio to ddp's; single has one of the two cores."
     )
     print(header("The strategies on CPU, 2 ranks over gloo", "python benchmarks/strategies.py", what))
     print(table(["strategy", "base held per rank MB", "sent per step MB", "time"], rows))
-    print("Raw seconds a step: " + "; ".join(f"{n}: {[round(t, 3) for t in v]}" for n, v in times.items()))
+    print("Raw seconds per step: " + "; ".join(f"{n}: {[round(t, 3) for t in v]}" for n, v in times.items()))
 
 
 if __name__ == "__main__":
