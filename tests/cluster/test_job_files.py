@@ -1,4 +1,4 @@
-"""The sbatch files as text, and their bash against a stub of srun: what is requeued, and what never is."""
+"""The text of the sbatch files, and their bash with a stub of srun: which outcomes are requeued."""
 
 import dataclasses
 import importlib.util
@@ -39,7 +39,7 @@ GOLDEN = {
 
 
 def golden(name: str, text: str) -> str:
-    """The file's text. LORA_DIST_WRITE_GOLDEN=1 pytest ... writes the files anew; look at what changed."""
+    """The text of the golden file. LORA_DIST_WRITE_GOLDEN=1 pytest ... writes it anew; then review the changes."""
     file = HERE / f"golden/{name}.sbatch"
     if os.environ.get("LORA_DIST_WRITE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ def _raise_exit(code):
     raise SystemExit(code)
 
 
-# The lower half of the file, with srun and scontrol replaced: the outcome of the ranks is what is varied.
+# The lower half of the file runs with stubs of srun and scontrol, which produce the outcome that a test asks for.
 STUBS = {
     "srun": 'trap : USR1; [[ "$*" = *doctor* ]] && what=doctor || what=recipe; echo $what >>"$FOLDER/calls"; '
     '[ -z "$STATE" ] || echo "$STATE" >"$FOLDER/run/state.json"; '

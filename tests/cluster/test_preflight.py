@@ -1,4 +1,4 @@
-"""The preflight: each rank's facts, the links of all pairs of nodes, and a line for whatever stands out."""
+"""The preflight: facts of each rank, links between all pairs of nodes, and a line for each problem."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ FOLDER = "/shared/runs"
 
 
 def inspect_as(rank: int, hosts: str, folder: Path) -> Report:
-    """With this rank on a machine of this name."""
+    """Inspect the ranks as if this rank were on the host of this name."""
     socket.gethostname = lambda: hosts.split()[rank]
     preflight.COMPUTE_S, preflight.FAREWELL_S = 0.05, 1.0
     assert dist.get_world_size() == len(hosts.split())
@@ -68,7 +68,7 @@ def test_each_pair_of_nodes_exchanges_once(num_nodes):
 
 
 def _other_disk_on_rank(rank, folder):
-    """Node 2 has another disk there."""
+    """Node 2 has another disk at that path."""
     read = preflight._read
     if rank == 2:
         preflight._read = lambda path: "" if path.parent == folder else read(path)
@@ -83,7 +83,7 @@ def test_a_folder_that_a_node_does_not_see(tmp_path):
 
 
 def _corrupt_on_rank(rank, folder):
-    """Node 2 sends node 3 one wrong bit, and adds up what is not one."""
+    """Node 2 sends one wrong bit to node 3, and adds a wrong number in the all-reduce."""
     exchange, add_up = preflight._exchange, preflight._sum
 
     def corrupt(sent, received, peer):
@@ -112,7 +112,7 @@ def test_wrong_bytes_are_noticed(tmp_path):
 
 
 def _silent_on_rank(rank, where, folder):
-    """Rank 2 does not come to its exchanges, or to the meeting before them."""
+    """Rank 2 does not answer: in its exchanges, or before them."""
     preflight.PATIENCE_S = 0.3
 
     def stay_away(*args):
@@ -132,7 +132,10 @@ def _silent_on_rank(rank, where, folder):
     "where, expected",
     [
         ("_measure_rank", "rank 2 (node3): no answer within 1 s"),
-        ("_measure_links", "exchange between rank 1 (node2) and rank 2 (node3) failed: Timed out"),  # rank 2's first
+        (
+            "_measure_links",
+            "exchange between rank 1 (node2) and rank 2 (node3) failed: Timed out",
+        ),  # the first exchange of rank 2
     ],
 )
 def test_all_ranks_name_a_silent_one(tmp_path, where, expected):
@@ -164,7 +167,7 @@ def test_equal_ranks_have_no_problems():
 
 
 MEMORY = "rank 5 (node3): 12.3 GiB of device memory free, the median is 78.0 GiB: another process may use it"
-PROBLEMS = {  # of rank 5 of 8: on node3, with rank 4
+PROBLEMS = {  # line: how rank 5 of 8 differs; it is on node3, with rank 4
     MEMORY: {"free_memory_bytes": int(12.3 * GIB)},
     "rank 5 (node3): torch 2.12.0, but 2.13.0 on 7 of 8 ranks": {"versions": {"torch": "2.12.0", "peft": "0.21.2"}},
     "rank 5 (node3): peft None, but 0.21.2 on 7 of 8 ranks": {"versions": {"torch": "2.13.0"}},
@@ -190,7 +193,7 @@ def test_a_rank_that_differs_is_named(line):
     [
         {"free_memory_bytes": 63 * GIB},
         {"flops_per_s": 67e9},
-        {"device_uuid": "GPU-3"},  # of another host
+        {"device_uuid": "GPU-3"},  # the GPU of a rank on another host
         {"free_disk_bytes": 2 * GIB},
         {"cuda_visible_devices": "1", "local_rank": 7},
     ],
@@ -220,7 +223,7 @@ def test_a_slow_link_is_of_one_node(num_nodes):
     (line,) = find_problems(ranks, all_links(num_nodes, slow=2))
     assert re.fullmatch(r"node3: 1.2 GB/s to other nodes, the median is [\d.]+ GB/s: the link is slow", line)
     assert find_problems(ranks[:4], {(0, 1): 1e6}) == []
-    if num_nodes > 3:  # the others' links outvote one
+    if num_nodes > 3:  # one slow link does not change the median of a node
         assert find_problems(ranks, all_links(num_nodes, slow=2) | {(2, 3): 11.8e9}) == [line]
         assert find_problems(ranks, all_links(num_nodes) | {(2, 3): 1.2e9}) == []
 

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: machines that are namespaces, jobs that `lora-dist submit` and plain sbatch give to it."""
+"""Jobs of `lora-dist submit` and of plain sbatch on a real Slurm, whose machines are namespaces."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 SMALL = "--model_name_or_path embedded --dataset_name embedded --warmup_steps 2 --eval_fraction 0"
 SMALL += " --dataset_test_split none --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
-STEPS = 24  # of a run that is interrupted: enough to be caught in the middle
+STEPS = 24  # enough to interrupt a run in the middle
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Number of steps to the adapter of that run on one machine without a break: 2 ranks with 2 micro-batches each."""
+    """run(steps): the adapter of a run of that length without interruption, on 2 ranks with 2 micro-batches each."""
 
     @functools.cache
     def run(steps: int) -> bytes:
@@ -65,7 +65,7 @@ class Submitted:
         return json.loads((self.folder / "state.json").read_text())
 
     def steps(self) -> list[int]:
-        """Those in metrics.jsonl with a loss."""
+        """The steps in metrics.jsonl that have a loss."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -99,7 +99,7 @@ print("rank:", os.uname().nodename, *(os.environ.get(key) for key in keys), lora
 
 
 def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, tmp_path, undisturbed):
-    """Two machines x 2 ranks, fsdp; meanwhile the checkout changes. Each rank sees its machine's two devices."""
+    """Two machines x 2 ranks, fsdp. The checkout changes meanwhile. Each rank sees both devices of its machine."""
     recipe = tmp_path / "my_recipe.py"
     text = (ROOT / "recipes/opt_quotes.py").read_text()
     start = 'if __name__ == "__main__":\n'
@@ -129,7 +129,7 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
 
     code = f"{job.folder}/job/code/lora_dist/__init__.py"
     logs = job.log + job.log_file.with_name(f"{job.job_id}-node1.log").read_text()
-    assert logs.count("continuing from /") == 1  # said by one rank, not by one of each machine
+    assert logs.count("continuing from /") == 1  # printed by one rank, not by one rank per machine
     said = [line.split()[1:] for line in logs.splitlines() if line.startswith("rank: ")]
     ranks = [[f"node{rank // 2 + 1}", str(rank), str(rank % 2), "4", "2", "0,1", code] for rank in range(4)]
     assert sorted(said) == sorted(ranks * 2)  # at both starts
@@ -203,7 +203,7 @@ def test_hybrid_sharding_under_accelerate_launch_goes_on_too(cluster, tmp_path, 
 
 @pytest.mark.slow
 def test_at_the_time_limit_it_goes_on_until_it_is_done(cluster, tmp_path):
-    """Slurm itself sends the signal, some seconds after the start, as it counts in minutes. Twice or more."""
+    """Slurm itself sends the signal some seconds after the start, because it counts in minutes; once or more often."""
     flags = "--max_steps 400 --save_steps 1000"
     options = "--time 1 --grace 30 --ranks-per-node 1 --nodes 1 --gpus-per-node 0"
     job = submit(cluster, tmp_path / "run", flags, options=options)
@@ -236,7 +236,7 @@ def test_a_lost_rank_is_requeued(cluster, tmp_path, undisturbed):
 @pytest.mark.slow
 @pytest.mark.parametrize(("off", "left"), [("node2", "node[1,3]"), ("node1", "node[2-3]")])
 def test_a_machine_without_power_is_replaced(tmp_path, undisturbed, off, left):
-    """Also the first one, on which the batch shell, rank 0 and the rendezvous store are."""
+    """Also the first machine, which has the batch shell, rank 0 and the rendezvous store."""
     with Cluster(nodes=3) as cluster:
         job = submit(cluster, tmp_path / "run", f"--max_steps {STEPS} --save_steps 2")
         job.until_step(4)
@@ -248,7 +248,7 @@ def test_a_machine_without_power_is_replaced(tmp_path, undisturbed, off, left):
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A copy of what the ready scripts read from: they write beside it."""
+    """A copy of the folders that the ready scripts read, because the scripts write beside them."""
     for name in ("launch", "recipes", "accelerate_configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""What `lora-dist status` makes of a run folder and of Slurm's words."""
+"""What `lora-dist status` prints for a run folder and a job."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ PENDING = {"JobState": "PENDING", "Reason": "Resources", "StartTime": "2026-11-2
 
 @pytest.fixture
 def folder(tmp_path, config, monkeypatch):
-    """A run at step 30 of 200, saved at 25, whose steps take 0.5 s but for one that took 9."""
+    """A run at step 30 of 200, saved at 25. Its steps took 0.5 s each, except for one that took 9 s."""
     monkeypatch.setattr(status, "job_fields", lambda job_id: {})
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     folder = RunFolder(tmp_path / "run")

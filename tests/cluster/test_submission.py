@@ -1,4 +1,4 @@
-"""What `lora-dist submit` puts into the job's folder: copies, and accelerate's own reading of its config."""
+"""What `lora-dist submit` writes into the job folder: copies, and the variables that accelerate would set."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_the_environment_is_what_accelerate_launch_makes(tmp_path, name):
     flags = ["--deepspeed_multinode_launcher", "standard"] if name == "zero3" else []
     script = tmp_path / "environment.py"
     write = f"import json, os; open(f'{tmp_path}/{{os.getpid()}}.json', 'w').write(json.dumps(dict(os.environ)))"
-    script.write_text(write)  # not printed: ranks' lines may run together
+    script.write_text(write)  # written to files, because printed lines of several ranks may mix
     config_file = f"accelerate_configs/{name}.yaml"
     command = [f"{BIN}/accelerate", "launch", "--config_file", config_file, "--num_processes", str(num_ranks), *flags]
     subprocess.run([*command, str(script)], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""What befalls a run: ranks that die, fail or hang, numbers that are none, disks that are full, others' hands."""
+"""Faults of a run: ranks that die, fail or hang, losses that are not finite, full disks, and other users."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def steps_logged(folder: RunFolder) -> int:
 
 
 def wait_for(ranks, gone: int, timeout_s: float) -> tuple[float, list]:
-    """Seconds until all ranks but `gone` have left, and what became of each."""
+    """(seconds until all ranks except `gone` have ended, how each of them ended)."""
     started = time.monotonic()
     ended = ranks.wait(timeout_s)
     return time.monotonic() - started, [end for rank, end in enumerate(ended) if rank != gone]
@@ -70,12 +70,12 @@ def test_a_silent_rank_is_named_and_the_others_leave(folder):
         seconds = time.monotonic() - started
         codes = [ranks.processes[rank].exitcode for rank in (0, 2)]
         said = ranks.texts(0)[1] + ranks.texts(2)[1]
-    assert codes == [1, 1] and 3.5 <= seconds < 15  # the last sign is up to a second old
+    assert codes == [1, 1] and 3.5 <= seconds < 15  # the last sign of life is up to a second old
     assert said.count(f"rank 1 ({socket.gethostname()}) gave no sign of life for ") == 1
 
 
 def fails_on(rank_that_fails: int, step: int, how, turn: int = 0):
-    """A patch: at its first, or another, micro-batch of a step one rank does something else."""
+    """A patch: one rank calls `how` when it reads its `turn`-th micro-batch of a step."""
 
     def patch(rank: int) -> None:
         import lora_dist.training.step as step_module
@@ -97,7 +97,7 @@ def sits_there():
 
 
 def test_a_signal_is_obeyed_after_the_step_it_comes_in(folder):
-    """To one rank, while it reads its last micro-batch of a step: it rides on that step's reduction."""
+    """One rank gets the signal while it reads its last micro-batch; the reduction of that step tells the others."""
 
     def signals_itself():
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -143,7 +143,7 @@ def test_a_stalled_step_is_named_with_all_stacks(folder):
 
 
 def not_finite(at_step: int, index: int, what: str):
-    """A patch: a micro-batch's loss, or one gradient, is no number. `at_step` -1: of every step from the third."""
+    """A patch: the loss of a micro-batch, or one gradient, is not finite. `at_step` -1: in each step from the third."""
 
     def patch(rank: int) -> None:
         import torch
@@ -233,7 +233,7 @@ def test_a_dead_adapter_is_an_error(folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 3 MB of its own, which can be filled."""
+    """A disk of 3 MB that a test can fill."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
@@ -243,7 +243,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk: Path) -> Path:
-    """Fill what is free; again where a save that failed, or was pruned, has made room."""
+    """Fill the free space. Call it again: saves that failed or were pruned make room."""
     filler = disk / "filler"
     with open(filler, "ab", buffering=0) as file:
         try:
@@ -255,7 +255,7 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_disk_that_turns_read_only_costs_no_step(small_disk):
-    """Only where the checkpoints are: what is open for writing keeps its own mount from turning read-only."""
+    """Only the folder of the checkpoints: a mount that holds a file open for writing cannot become read-only."""
     folder = RunFolder(small_disk / "run")
     flags = ("--output_dir", str(folder.root), "--max_steps", "80", "--max_failed_saves", "100")
     with forked_ranks(*FLAGS, *flags, num_ranks=2) as ranks:
@@ -279,7 +279,10 @@ def test_a_full_disk_costs_no_step_and_no_checkpoint(small_disk):
     flags = ("--output_dir", str(folder.root), "--max_steps", "40", "--max_failed_saves", "100")
     with forked_ranks(*FLAGS, *flags, num_ranks=2) as ranks:
         wait_for_step(folder, 4)
-        deadline, warnings = time.monotonic() + 30, ("could not save", "its lines are kept in memory until there is room")
+        deadline, warnings = (
+            time.monotonic() + 30,
+            ("could not save", "its lines are kept in memory until there is room"),
+        )
         while not all(warning in ranks.texts(0)[1] for warning in warnings) and time.monotonic() < deadline:
             filler = fill(small_disk)
             time.sleep(0.02)
@@ -331,7 +334,7 @@ def test_a_second_run_on_the_folder_is_refused(folder):
 
 
 def listening(pid: int) -> list[str]:
-    """Addresses, in hex, on which a process waits for connections."""
+    """Addresses, in hex, on which a process listens."""
     links = [path.readlink() for path in Path(f"/proc/{pid}/fd").iterdir()]
     inodes = {str(link)[len("socket:[") : -1] for link in links if str(link).startswith("socket:")}
     rows = [
@@ -341,7 +344,7 @@ def listening(pid: int) -> list[str]:
 
 
 def test_what_is_open_and_what_is_written(folder):
-    """No key in any file, the user's umask on all of them, and no port open to others but the rendezvous."""
+    """No file holds a key, all files obey the user's umask, and only the rendezvous port is open to other machines."""
     secrets = {"HF_TOKEN": "hf_SentinelSentinelSentinel", "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
     flags = ("--output_dir", str(folder.root), "--report_to", "wandb")
     env = secrets | {"WANDB_MODE": "offline", "GLOO_SOCKET_IFNAME": ""}
@@ -354,7 +357,7 @@ def test_what_is_open_and_what_is_written(folder):
         ended = ranks.wait(60)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
     loopback = "0100007F"
-    assert ports[0].count("0" * 32) <= 1  # torch's store, of rank 0
+    assert ports[0].count("0" * 32) <= 1  # torch's store, on rank 0
     assert {address for addresses in ports for address in addresses} <= {loopback, "0" * 32}
     files = [path for path in folder.root.rglob("*") if path.is_file()]
     assert len(files) > 8
@@ -390,7 +393,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(folder):
 
 
 class Gone:
-    """A mirror whose process has died."""
+    """A tracker whose process has died."""
 
     def log(self, values, step):
         raise ConnectionResetError("Connection lost")
@@ -411,7 +414,7 @@ def test_metrics_go_on_where_wandb_is_gone(folder, capsys):
 
 
 def late_reader(rank):
-    """Rank 1, as one of another machine, comes to read the saved adapter when rank 0 is through."""
+    """A patch: rank 1 reads the saved adapter a second later than rank 0, as a rank on another machine may."""
 
     verify = loop.verify_adapter
 

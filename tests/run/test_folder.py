@@ -1,4 +1,4 @@
-"""Which runs begin, go on and are refused: from files alone."""
+"""Which runs begin, continue or are refused, decided from files alone."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
 
 
 def opened(config: TrainConfig, facts: dict | None = None, num_groups: int = 2, **changes) -> RunFolder:
-    """The folder as another start opens it; `facts` are those in which the start differs."""
+    """The folder as another start opens it. `facts`: how this start differs from FACTS."""
     config, facts = dataclasses.replace(config, **changes), FACTS | (facts or {})
     folder, notes = begin_or_resume(config, "opt_quotes", facts, num_groups)
     folder.notes = notes
@@ -125,7 +125,9 @@ def test_changed_settings_are_refused_by_name(run):
     now = opened(config, learning_rate=1e-3, allow_config_change=["learning_rate"])
     assert "changed in this run: learning_rate was 0.0002, is now 0.001" in now.notes
     assert folder.config.read_text() != before
-    assert opened(config, learning_rate=1e-3).resume_from == folder.checkpoint(2)  # it is the run's now
+    assert opened(config, learning_rate=1e-3).resume_from == folder.checkpoint(
+        2
+    )  # the new value belongs to the run now
 
 
 def test_settings_that_change_nothing_may_differ(run):
@@ -182,7 +184,7 @@ def test_an_asked_checkpoint(run, tmp_path):
     assert branch.facts == FACTS | {"from": older}
     said = refusal(config, resume_from_checkpoint=older, output_dir=str(tmp_path / "other"), lora_r=8)
     assert said.startswith(f"--resume_from_checkpoint {older}: ")
-    # The same command again, and without naming the checkpoint: before it has one of its own.
+    # The same command again, with and without the checkpoint, while the branch has no checkpoint of its own.
     for again in (older, "auto"):
         assert (
             opened(config, resume_from_checkpoint=again, output_dir=str(branch.root)).resume_from == branch.resume_from
@@ -209,7 +211,7 @@ def test_the_lock_goes_with_its_process(tmp_path, monkeypatch):
     finally:
         holder.kill()
         holder.wait()
-    RunFolder(tmp_path).lock()  # its file is still there, and means nothing
+    RunFolder(tmp_path).lock()  # the lock file still exists, but is not locked
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(run):
@@ -226,9 +228,9 @@ def test_what_comes_after_the_step_gone_on_from_is_left_out(tmp_path):
     for path, key in files.items():
         folder.append_lines(path, [{key: step, "text": "\u2028"} for step in range(9)])
         with open(path, "a") as file:
-            file.write('{"' + key)  # a kill
+            file.write('{"' + key)  # cut off by a kill
     with open(folder.metrics, "a") as file:
-        file.write('{"a line of its own": 1}\n')  # the half line before it is lost with it
+        file.write('{"a line of its own": 1}\n')  # it follows the cut-off line, so it is lost too
     folder.trim_metrics(5)
     assert folder.last_logged_step == 8
     for path, key in files.items():
@@ -237,7 +239,7 @@ def test_what_comes_after_the_step_gone_on_from_is_left_out(tmp_path):
 
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_comes_again(tmp_path):
-    """Stopped at its step, so saved before it; then evaluated by the next start, which was killed."""
+    """A run was stopped and saved before the evaluation at its step; the next start evaluated and was killed."""
     folder = RunFolder(tmp_path)
     lines = [{STEP: 4, "eval/loss": 2.0}, {STEP: 5, "train/loss": 1.0}, {STEP: 5, "eval/loss": 1.5}]
     samples = [{STEP: 4, "completion": "a"}, {STEP: 5, "completion": "b"}]

@@ -1,4 +1,4 @@
-"""A run that was killed and went on, on any number of ranks, is the run that never was: every loss, every byte."""
+"""A run that was killed and continued, on any number of ranks, has every loss and byte of a run that was not killed."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from lora_dist.run.folder import RunFolder
 from tests.helpers.ranks import fork_ranks
 
 STEPS = 12
-# 4 micro-batches a step, of 2 rows: so 1 to 4 ranks share them. Dropout is on, as the recipe has it.
+# 4 micro-batches per step, of 2 rows each, so 1 to 4 ranks can share them. Dropout is on, as in the recipe.
 FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "2", "--learning_rate", "3e-3", "--max_length", "64")
 FLAGS += ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_fraction", "0.01")
 FLAGS += ("--save_steps", "2", "--eval_steps", "5", "--report_to", "none", "--sample_prompt", "")
 
 
 def killed_after(step: int):
-    """A patch: SIGKILL to this rank after a step, when what was to be saved is saved."""
+    """A patch: SIGKILL to this rank after a step, once its checkpoint is written."""
 
     def patch(rank: int) -> None:
         import lora_dist.training.loop as train
@@ -41,7 +41,7 @@ def killed_after(step: int):
 
 
 def start(folder: RunFolder, *flags: str, kill_after: int | None = None, **kwargs) -> list[tuple[int, str, str]]:
-    """One life of a run: killed on all ranks after a step, or until its end."""
+    """One start of a run, until its end or until all ranks are killed after a step."""
     patch = killed_after(kill_after) if kill_after else None
     ended = fork_ranks(*FLAGS, *flags, "--output_dir", str(folder.root), patch=patch, timeout_s=90, **kwargs)
     expected = -signal.SIGKILL if kill_after else 0
@@ -77,7 +77,7 @@ KINDS = {
     scope="module", params=[pytest.param(kind, marks=[] if "packed" in kind else pytest.mark.slow) for kind in KINDS]
 )
 def undisturbed(request, tmp_path_factory):
-    """(flags, how it is started, folder) of a run on 2 ranks that nothing happened to."""
+    """(flags, how it is started, folder) of a run on 2 ranks that was not killed."""
     how = {"env": {"ACCELERATE_MIXED_PRECISION": "bf16"} if "bf16" in request.param else {}}
     how["recipe"] = "quotes_tags" if "classifier" in request.param else "opt_quotes"
     folder = RunFolder(tmp_path_factory.mktemp("undisturbed") / "run")
@@ -127,7 +127,7 @@ def test_killed_after_every_step(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_into_and_out_of_deepspeed(undisturbed, tmp_path):
-    """On 2 ranks DeepSpeed rounds no differently, so that even here every byte is the same."""
+    """On 2 ranks DeepSpeed rounds in the same way, so every byte is the same here too."""
     flags, how, whole = undisturbed
     if how["recipe"] == "quotes_tags":
         pytest.skip("classifiers are refused under ZeRO-3")
@@ -160,7 +160,7 @@ def test_under_a_pipeline(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_scaler_goes_on(tmp_path):
-    """fp16's, here of the CPU: it doubles every 3 steps."""
+    """The loss scaler of fp16, here on the CPU. It doubles every 3 steps."""
 
     def scaled(then=lambda rank: None):
         def patch(rank: int) -> None:
@@ -198,7 +198,7 @@ def test_what_changes_is_warned_of_or_refused(tmp_path):
     fewer = ("--max_steps", "1", "--warmup_steps", "0", "--allow_config_change", "max_steps", "warmup_steps")
     ((code, out, err),) = fork_ranks(*FLAGS, *fewer, "--output_dir", str(folder.root), num_ranks=1)
     assert (code, err) == (2, "error: --max_steps 1: the run is at step 2 already; give more\n")
-    back = ("--allow_config_change", "max_steps", "warmup_steps")  # to what it was
+    back = ("--allow_config_change", "max_steps", "warmup_steps")  # back to the first values
     ((code, out, err),) = fork_ranks(
         *FLAGS, *back, "--output_dir", str(folder.root), num_ranks=1,
         patch=lambda rank: os.environ.update(OMP_NUM_THREADS="2"),

@@ -1,4 +1,4 @@
-"""The watchdog of one process: what the main thread reports to it, and whom it blames. test_faults.py has real ranks."""
+"""The watchdog of one process: reports of the main thread, and the frame it blames. test_faults.py has real ranks."""
 
 import multiprocessing
 import sys
@@ -29,7 +29,7 @@ def where_while(work) -> str:
 
 
 def function_of(file: Path):
-    """A function `work(wait)` that Python takes for one of this file; it waits in its second line."""
+    """A function `work(wait)` whose code claims to be in this file; it waits in its second line."""
     names = {}
     exec(compile("def work(wait):\n    wait()", str(file), "exec"), names)
     return names["work"]
@@ -60,7 +60,7 @@ def test_only_what_was_reported_as_progress_can_stall(monkeypatch):
 
 
 def stalls(folder: RunFolder) -> None:
-    """Ends by the watchdog, after a second without progress."""
+    """Stalls, so that the watchdog ends this process after a second."""
     sys.stderr = open(folder.root / "stderr", "w")
     watchdog.INTERVAL_S = 0.1
     watchdog.call_on_failure((folder.root / "told").write_text)

@@ -1,4 +1,4 @@
-"""The workspace: it names only metrics that exist, leaves none out, and is saved where it should be."""
+"""The workspace names all metrics and only those that exist, and is saved to the right view."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from lora_dist.tracking.metric_names import METRICS
 
 NAMES = {metric.name for metric in METRICS}
 OF_RANKS = {name.replace("{i}", str(rank)): name for name in NAMES for rank in (0, 11) if "{i}" in name}
-IN_WORDS = {"perf/slowest_rank", "memory/worst_rank"}  # names of ranks, which no chart shows
+IN_WORDS = {"perf/slowest_rank", "memory/worst_rank"}  # they are names of ranks, which a chart cannot show
 SECTIONS = ["Loss", "Optimisation", "Throughput", "Where the time goes", "Memory per rank", "Data", "Checkpoints",
             "Samples", "Runs"]  # fmt: skip
 
 
 def metric_names(spec: dict) -> set[str]:
-    """The metrics and media that a spec names, those of the axes included; of ranks see `metric_expressions`."""
+    """The metrics and media that a spec names, axes included; per-rank metrics: see `metric_expressions`."""
     lists = [config.get(key, []) for config in _configs(spec) for key in ("metrics", "mediaKeys")]
     axes = {config["xAxis"] for config in _configs(spec) if "xAxis" in config}
     return axes.union(*lists)
@@ -51,7 +51,7 @@ def panels(view: dict) -> list[dict]:
 
 
 def without_ids(text: str) -> dict:
-    """As the server got it, but for the ids of panels, which are random."""
+    """What the server got, without the ids of panels, which are random."""
     return json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if k not in ("__id__", "id")})
 
 
@@ -87,7 +87,7 @@ def test_a_section_shows_all_its_panels_at_once(view):
     for section in sections(view):
         columns, rows = section["flowConfig"]["columnsPerPage"], section["flowConfig"]["rowsPerPage"]
         assert columns * (rows - 1) < len(section["panels"]) <= columns * rows, section["name"]
-    assert [s["flowConfig"]["columnsPerPage"] for s in sections(view)[-2:]] == [1, 1]  # tables want the whole width
+    assert [s["flowConfig"]["columnsPerPage"] for s in sections(view)[-2:]] == [1, 1]  # tables need the whole width
 
 
 def test_dump_needs_no_account_and_is_the_same_each_time():
@@ -98,7 +98,9 @@ def test_dump_needs_no_account_and_is_the_same_each_time():
 
 
 def test_it_is_saved_and_saved_again_over_itself(fake_wandb, view):
-    env = fake_wandb.env | {"WANDB_APP_URL": f"{fake_wandb.url}/wandb"}  # the usual server's has such a path, too
+    env = fake_wandb.env | {
+        "WANDB_APP_URL": f"{fake_wandb.url}/wandb"
+    }  # a server may have a path in the address of its app
     done = command("--entity", "someone", "--project", "p", env=env)
     assert done.returncode == 0, done.stderr
     url = done.stdout.strip()
@@ -146,7 +148,7 @@ def test_a_view_that_is_gone_is_one_line(fake_wandb):
 
 @pytest.mark.parametrize("what", ["Viewer", "UpsertView2"])
 def test_what_the_server_refuses_is_one_line(fake_wandb, what):
-    """The account; or a view of a project that is another's."""
+    """The account is refused, or a view in another user's project."""
     fake_wandb.fault(what, code=403)
     why = refused(env=fake_wandb.env)
     assert why.startswith(f"error: dashboard: someone/lora-dist on {fake_wandb.url}: ") and "as asked" in why

@@ -1,4 +1,4 @@
-"""The table of metrics is what the docs say."""
+"""docs/metrics.md holds the table of metrics."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Trackers beside Weights & Biases, through accelerate: read back with their own readers."""
+"""Trackers other than Weights & Biases, which accelerate provides, read back with their own readers."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def folder(config, tmp_path):
     folder.write_config(config)
     folder.write_state("running", 0)
     yield folder
-    PartialState._reset_state()  # ranks that are forked from this process would take it for theirs
+    PartialState._reset_state()  # otherwise ranks forked from this process would inherit it
 
 
 def log_steps(folder: RunFolder, report_to: str, steps: range, rank: int = 0) -> None:
@@ -74,7 +74,7 @@ def test_only_rank_0_writes(folder):
         ("mlflow", "needs a package: pip install mlflow"),
     ],
 )
-def test_what_cannot_be_had_is_said(report_to, rule):
+def test_trackers_that_cannot_be_used_are_refused(report_to, rule):
     with pytest.raises(UserError) as error:
         TrainConfig(report_to=report_to)
     assert str(error.value).startswith(f"--report_to {report_to}: {rule}")

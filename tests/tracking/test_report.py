@@ -1,4 +1,4 @@
-"""What the pages say, from files that are there, half there, or missing. test_report_browser.py looks at them."""
+"""The text of the pages, from files that are complete, cut off or missing. test_report_browser.py renders them."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def test_the_figures_are_those_of_the_files(folder):
     text = page(folder)
     for figure in ("2.900 → 2.000", "2.708 → 1.792", "15.00 → 6.00", "1,234", "50% of 100 MiB", "3 GiB", "49,152"):
         assert f"<b>{figure}</b>" in text, figure
-    assert "<b>2 min 01 s</b>" in text  # from the first start to the last line
+    assert "<b>2 min 01 s</b>" in text  # from the first start to the last logged line
     assert "step 10 of 10" in text and "fsdp on 2 ranks" in text and "1 restart<" in text
 
 
@@ -33,7 +33,7 @@ def test_text_of_users_is_text(folder):
     text = page(folder)
     assert "Two &lt;things&gt;" in text and "after &lt;b&gt;all&lt;/b&gt;" in text and "are &amp; were" in text
     assert "<b>all" not in text and "<things>" not in text
-    assert text.index("before") < text.index("between")  # in the details below the two that count
+    assert text.index("before") < text.index("between")  # in the details, below the first and the last completion
     assert "1 in between" in text
 
 
@@ -66,7 +66,7 @@ def test_where_the_time_went_adds_up(folder):
     assert sum(row["fraction"] for row in spent["rows"]) == pytest.approx(1)
     assert "rank 0 100 ms, rank 1 300 ms" in page(folder)
     folder.metrics.write_text(folder.metrics.read_text().replace("perf/rank1/", "other/"))
-    assert "waits least" not in page(folder)  # of one rank
+    assert "waits least" not in page(folder)  # there is only one rank
 
 
 def test_steps_that_were_not_logged_are_as_those_that_were(folder):
@@ -226,7 +226,7 @@ def test_a_failed_run_says_why_and_a_half_written_line_is_left_out(folder):
         file.write('{"train/global_step": 11, "train/lo')
     text = page(folder)
     assert "out of &lt;luck&gt;" in text
-    assert "<span>fsdp on 3 ranks</span>" in text  # of the last start, where there is no summary
+    assert "<span>fsdp on 3 ranks</span>" in text  # of the last start, because there is no summary
 
 
 def test_a_profile_is_a_table(folder):
@@ -338,7 +338,7 @@ def test_runs_are_compared(folder, tmp_path):
     assert re.search(r"<code>learning_rate</code></th><td>0.0002</td><td>0.5</td><td>0.6</td><td>0.7</td>", text)
     assert "<code>lora_r</code>" not in text and "<code>output_dir</code>" not in text
     assert '<td class="number">3.0000</td>' in text and '<td class="number">1.7918</td>' in text
-    for title in ("Training loss", "Held-out loss"):  # lines, which have dashes; only colour tells dots apart
+    for title in ("Training loss", "Held-out loss"):  # lines have dashes, while dots differ only in colour
         chart = text[text.index(f"<figcaption>{title}") :].split("</figure>")[0]
         assert all(f'<polyline class="curve s{style}"' in chart for style in range(4)) and "<circle" not in chart
     with pytest.raises(UserError, match="RUN: 9 are given, but a chart can tell at most 8 apart; give fewer"):

@@ -1,4 +1,4 @@
-"""The pages in a real browser: nothing sticks out on a phone, text can be read in the light and in the dark."""
+"""The pages in a real browser: they fit on a phone, and their text is readable in light and dark mode."""
 
 import html
 import json
@@ -11,7 +11,7 @@ import pytest
 from lora_dist.tracking.report import write_comparison
 from tests.helpers.reported_runs import AGAIN, another, make_folder, page, step_line
 
-# The page lies in a frame as wide as a screen, as the browser's own window cannot be as narrow as a phone.
+# The page is in a frame, because the window of the browser cannot be as narrow as a phone.
 WRAPPER = """<!doctype html><body><iframe id="frame" style="border: 0; width: %dpx; height: 900px" srcdoc="%s"></iframe>
 <pre id="found"></pre><script>
 const frame = document.getElementById("frame");
@@ -66,7 +66,7 @@ def look_at(text: str, tmp_path, *, width: int, dark: bool) -> dict:
     wrapper.write_text(WRAPPER % (width, html.escape(text)), encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--timeout=20000"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # what it would fetch is counted, and not fetched
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # requests are counted, but none succeeds
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", wrapper.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -75,7 +75,7 @@ def look_at(text: str, tmp_path, *, width: int, dark: bool) -> dict:
 
 @pytest.fixture
 def full(tmp_path, config):
-    """A run of 200 steps with all that a page can show."""
+    """A run of 200 steps that fills every section of the page."""
     folder = make_folder(tmp_path / "run", config)
     names = ("train/grad_norm", "train/learning_rate", "perf/tokens_per_second", "perf/padded_tokens_per_second",
              "perf/padding_fraction", "train/mean_token_accuracy", "perf/mfu")  # fmt: skip
@@ -103,7 +103,7 @@ def check(found: dict, *, width: int, dark: bool, charts: int) -> None:
     assert len(found["charts"]) == charts and not found["overlaps"] and not found["clipped"]
     assert all(c["width"] > 250 and c["height"] > 100 and not c["outside"] for c in found["charts"])
     assert all(c["letters"] >= 9 for c in found["charts"])  # pixels
-    assert found["tallest"] < 500  # pixels: no column is squeezed to a letter a line
+    assert found["tallest"] < 500  # pixels: no column is so narrow that each line holds one letter
     assert found["fetched"] == 0
     assert found["headings"][0] == "H1" and found["headings"].count("H1") == 1
 

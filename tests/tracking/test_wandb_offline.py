@@ -1,4 +1,4 @@
-"""Runs on machines without a server: what W&B's own files hold, read back with its own reader."""
+"""Runs without a W&B server: the content of W&B's files, read back with its own reader."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_its_config_says_how_it_was_made(whole):
 
 
 def test_killed_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
-    """Killed after step 13, with 10 saved: W&B's first file has some of 11, 12 and 13, and the second the others."""
+    """Killed after step 13, saved at 10: W&B's first file has some of steps 11 to 13, and the second has the others."""
     folder = RunFolder(tmp_path / "run")
     flags = (*FLAGS, "--output_dir", str(folder.root))
     with forked_ranks(*flags, num_ranks=2, env=OFFLINE) as ranks:
@@ -74,7 +74,7 @@ def test_killed_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
 
 
 def test_stopped_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
-    """Stopped at the step of an evaluation, which then comes after the start that closed that step's row."""
+    """Stopped at the step of an evaluation: the next start evaluates, after W&B has closed the row of that step."""
     folder = RunFolder(tmp_path / "run")
     flags = (*FLAGS, "--output_dir", str(folder.root))
 

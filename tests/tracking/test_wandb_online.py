@@ -1,4 +1,4 @@
-"""The real client against an emulated server: what arrives there, whatever befalls the run or the server."""
+"""The real client with an emulated server: what the server gets if the run or the server fails."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def impatient(rank: int) -> None:
-    """A patch: sends every second, and waits for three at the end."""
+    """A patch: W&B sends every second, and waits at most three seconds at the end."""
     from lora_dist.tracking import wandb_run
 
     wandb_run.SEND_EVERY_S, wandb_run.FINISH_S = 1, 3
@@ -85,12 +85,12 @@ def test_begun_offline_and_gone_on_with_online_it_is_whole_there(folder, fake_wa
     ended = fork_ranks(*flags, num_ranks=2, env=fake_wandb.env)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
     assert steps_of(the_run(fake_wandb)) == list(range(1, 25))
-    assert folder.wandb_sync_command() is None  # else the first steps would come twice
+    assert folder.wandb_sync_command() is None  # otherwise the first steps would be sent twice
 
 
 @pytest.mark.slow
 def test_begun_online_and_gone_on_with_offline_no_step_is_sent_twice(folder, fake_wandb):
-    """What the killed process had not sent is missing then: `lora-dist push` has it."""
+    """Steps that the killed process had not sent are missing; `lora-dist push` can add them."""
     flags = (*NO_EVAL, "--output_dir", str(folder.root))
     killed_after_13(folder, *flags, env=fake_wandb.env)
     ended = fork_ranks(*flags, num_ranks=2, env=fake_wandb.env | OFFLINE)
@@ -109,7 +109,7 @@ def test_a_server_that_is_down_is_not_waited_for(folder, fake_wandb):
 
 
 def _waited_s(folder: RunFolder) -> float:
-    """From the start of the trackers to the end of the first step."""
+    """Seconds from the start of the trackers to the end of the first step."""
     first = next(line for line in folder.read_metrics() if "train/loss" in line)
     return first["time"] - folder.read_lines(folder.starts)[0]["time"]
 
@@ -126,7 +126,9 @@ def test_a_server_that_fails_at_the_start_is_not_waited_for(folder, fake_wandb, 
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
     assert "wandb: offline; upload with: wandb sync " in ended[0][1]
     assert _waited_s(folder) < 20 and not fake_wandb.runs
-    assert ("no answer from the server" in ended[0][1]) == bool(mode)  # else it was not even tried
+    assert ("no answer from the server" in ended[0][1]) == bool(
+        mode
+    )  # by default the server is tested first, and not used
 
 
 def test_a_server_that_fails_under_way_costs_nothing_and_a_bounded_exit(folder, fake_wandb):
@@ -143,7 +145,7 @@ def test_a_server_that_fails_under_way_costs_nothing_and_a_bounded_exit(folder, 
 
 
 def in_a_script_without_handlers(rank: int) -> None:
-    """A patch: W&B's own way to stop would end rank 0 alone there, by KeyboardInterrupt."""
+    """A patch: no signal handlers. W&B's own stop function would then end rank 0 alone, by KeyboardInterrupt."""
     from lora_dist import entry
 
     entry.install_handlers = lambda: None
@@ -208,7 +210,7 @@ def test_a_stalled_step_is_an_alert_and_a_failed_run(folder, fake_wandb):
     ended = fork_ranks(*flags, num_ranks=2, strategy="fsdp", env=fake_wandb.env, patch=stalls)
     assert time.monotonic() - started < 60 and [code for code, _, _ in ended] == [1, 1]
     ((title, text),) = fake_wandb.alerts
-    # The other one where rank 1 leaves before rank 0's watchdog has read of it, on a busy machine.
+    # On a busy machine rank 1 may end before rank 0's watchdog has read the verdict; then it is the second text.
     assert title == "run: failed" and text.startswith(("step 4 stalled: no progress for 5 s", "RuntimeError: "))
     run = the_run(fake_wandb)
     assert run.exit_code == 1 and steps_of(run) == [1, 2, 3]
