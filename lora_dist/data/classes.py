@@ -55,6 +55,7 @@ class ClassEncoder(Encoder):
         self.listed_by_data = isinstance(getattr(feature, "feature", feature), ClassLabel)
         why = f"has no effect: {config.dataset_name} lists the classes of {label} itself"
         require(not (self.listed_by_data and config.num_labels), "num_labels", config.num_labels, why)
+        require(config.num_labels != 1, "num_labels", 1, "must be 2 or more: a classifier needs two classes")
         names = name_classes(examples.train, label, config.num_labels)
         self.classes = list(names.values())  # names, by class number
         self.number_of_value = {value: number for number, value in enumerate(names)}

@@ -55,7 +55,7 @@ def encode(
     if not examples:
         return
     total = None if isinstance(examples, IterableDataset) else len(examples)
-    # A log file gets a progress bar only if it takes long, and seldom.
+    # In a log file, the progress bar appears only after 30 s, and then at most every 30 s.
     timing = {"delay": 1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30}
     with tqdm(total=total, desc="tokenizing", unit=" examples", disable=total is None, **timing) as bar:
         for batch in read_batches(examples, config.dataset_name):
@@ -89,7 +89,7 @@ def _cut_and_count(row: Encoded, config: TrainConfig, counts: Counts, row_hashes
 def cut(
     ids: list[int], labels: list[int], max_length: int, overlong_rows: str, *, labels_each_token: bool = True
 ) -> list[Encoded]:
-    """Cut a row to parts of up to `max_length` tokens, as `--overlong_rows` says. A row that fits is one part.
+    """Cut a row to parts of up to `max_length` tokens, as `--overlong_rows` asks. A row that fits is one part.
 
     Only the last part has the end of the text, and with it the eos token. `labels_each_token`: label t belongs to
     token t, so both are cut at the same position.

@@ -24,9 +24,9 @@ from lora_dist.errors import require
 def best_fit_decreasing(lengths: Sequence[int], order: Sequence[int], max_length: int) -> list[list[int]]:
     """Divide documents among rows of up to `max_length` tokens. Returns the rows, as lists of document numbers.
 
-    Each document, longest first, goes into the row where it leaves the least room. Documents of equal length are taken
-    in `order`, a permutation of all document numbers; the number of rows does not depend on it. `lengths`: tokens of
-    each document, at most `max_length`.
+    Each document, longest first, goes into the row where it leaves the least room. `order` is a permutation of all
+    document numbers. It decides which of two equally long documents comes first, so the number of rows does not depend
+    on it. `lengths`: tokens of each document, at most `max_length`.
     """
     rows, with_room = [], [[] for _ in range(max_length + 1)]  # with_room[n]: rows with n tokens left
     nonempty = 0  # bit n is set if with_room[n] holds a row

@@ -111,6 +111,7 @@ def test_name_classes_of_a_column_of_listed_classes():
         ({"overlong_rows": "split"}, "split: is not supported with --task_type SEQ_CLS; use truncate or drop"),
         ({"sample_prompt": "a"}, "a: is not supported with --task_type SEQ_CLS; give --sample_prompt ''"),
         ({"streaming": True}, "--streaming True: is not supported with --task_type SEQ_CLS, which counts the classes"),
+        ({"num_labels": 1}, "--num_labels 1: must be 2 or more"),
         ({"dataset_label_field": None}, "--task_type SEQ_CLS: needs --dataset_label_field COLUMN"),
     ],
 )

@@ -97,7 +97,9 @@ def test_a_sliding_window_shorter_than_the_rows_is_refused(config, tmp_path, mon
     monkeypatch.setattr(CONFIGS["mistral"], "sliding_window", 32)
     model = meta_model(str(make_checkpoint("mistral", tmp_path)), "int8", torch.float32)
     check_packing(model, dataclasses.replace(config, max_length=32))
-    with pytest.raises(UserError, match="--packing True: this model's layers see only 32 tokens back, .*--max_length 32"):
+    with pytest.raises(
+        UserError, match="--packing True: this model's layers see only 32 tokens back, .*--max_length 32"
+    ):
         check_packing(model, dataclasses.replace(config, max_length=64))
 
 
