@@ -47,7 +47,7 @@ from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from lora_dist.parallel.fsdp import decoder_layers, shard
 from lora_dist.parallel.pipeline import build_stage, remove_other_layers
 from lora_dist.parallel.ranks import num_ranks
-from lora_dist.parallel.strategies import Placement
+from lora_dist.parallel.strategies import Placement, world_size
 from lora_dist.parallel.zero import partition_base, split_rows
 
 EXAMPLES = "give a model directory or a hub name such as facebook/opt-6.7b"
@@ -84,10 +84,12 @@ def load_base(
         lack the classifier's head: it is then made anew and has to be trained.
 
     Returns a transformers model in which no parameter requires a gradient. Raises UserError if there is no such model,
-    or if it cannot be quantized or sharded.
+    if it cannot be quantized or sharded, or if a launcher started several ranks that have not met yet.
     """
     valid = (*FORMATS, "none")
     require(quantization in valid, "quantization", quantization, f"must be one of {', '.join(valid)}")
+    if placement is None and world_size() > 1 and not dist.is_initialized():
+        raise UserError(f"WORLD_SIZE {world_size()}: no process group; call torch.distributed.init_process_group first")
     device = torch.device(device) if device is not None else _default_device()
     dtype = dtype or (torch.bfloat16 if device.type != "cpu" or cpu_has_bf16() else torch.float32)
     placement = placement or Placement(shard_ranks=num_ranks())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import BIN, ROOT, fork_ranks
+from tests.helpers.ranks import BIN, PATIENCE_S, ROOT, fork_ranks
 from tests.helpers.slurm_cluster import Cluster, missing, until
 
 pytestmark = [
@@ -38,7 +38,7 @@ def undisturbed(tmp_path_factory):
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
         flags = SMALL.replace("gradient_accumulation_steps 1", "gradient_accumulation_steps 2").split()
         flags += ["--max_steps", str(steps), "--report_to", "none", "--output_dir", str(folder)]
-        ranks = fork_ranks(*flags, env={"ACCELERATE_MIXED_PRECISION": "bf16"}, timeout_s=120)
+        ranks = fork_ranks(*flags, env={"ACCELERATE_MIXED_PRECISION": "bf16"}, timeout_s=PATIENCE_S)
         assert [code for code, _, _ in ranks] == [0, 0], ranks
         return adapter(folder)
 
@@ -74,7 +74,7 @@ class Submitted:
     def until_step(self, step: int) -> None:
         until(lambda: step in self.steps(), 120, lambda: self.log[-3000:])
 
-    def end(self, state: str, timeout_s: float = 120) -> dict[str, str]:
+    def end(self, state: str, timeout_s: float = PATIENCE_S) -> dict[str, str]:
         job = self.cluster.wait(self.job_id, timeout_s=timeout_s)
         assert job["JobState"] == state, (job, self.log[-3000:])
         return job
@@ -207,7 +207,7 @@ def test_at_the_time_limit_it_goes_on_until_it_is_done(cluster, tmp_path):
     flags = "--max_steps 400 --save_steps 1000"
     options = "--time 1 --grace 30 --ranks-per-node 1 --nodes 1 --gpus-per-node 0"
     job = submit(cluster, tmp_path / "run", flags, options=options)
-    done = job.end("COMPLETED", timeout_s=400)
+    done = job.end("COMPLETED", timeout_s=PATIENCE_S)
     assert int(done["Restarts"]) >= 1 and job.state["restarts"] == int(done["Restarts"])
     assert job.steps() == list(range(1, 401))
 
@@ -241,7 +241,7 @@ def test_a_machine_without_power_is_replaced(tmp_path, undisturbed, off, left):
         job = submit(cluster, tmp_path / "run", f"--max_steps {STEPS} --save_steps 2")
         job.until_step(4)
         cluster.switch_off(off)
-        done = job.end("COMPLETED", timeout_s=240)
+        done = job.end("COMPLETED", timeout_s=PATIENCE_S)
         assert done["Restarts"] == "1" and done["NodeList"] == left
         assert adapter(job.folder) == undisturbed(STEPS)
 

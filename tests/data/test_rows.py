@@ -17,7 +17,7 @@ from lora_dist.data.rows import Rows, prepare_rows
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import QUOTES_DIR
 from lora_dist.errors import UserError
-from tests.helpers.ranks import ROOT, launch
+from tests.helpers.ranks import PATIENCE_S, ROOT, launch
 
 TOKENIZER = load_tokenizer("embedded")
 
@@ -187,13 +187,13 @@ def test_a_kill_while_tokenizing_leaves_nothing_that_looks_complete(tmp_path):
     killed.wait()
     assert list(tmp_path.glob("lora-dist-rows/*.partial")) and not list(tmp_path.glob("lora-dist-rows/*/report.json"))
     again = start(tmp_path, 0)
-    assert again.communicate(timeout=60)[0].split()[-1] == "2280" and again.returncode == 0
+    assert again.communicate(timeout=PATIENCE_S)[0].split()[-1] == "2280" and again.returncode == 0
     assert not list(tmp_path.glob("lora-dist-rows/*.partial"))
 
 
 def test_only_one_of_two_processes_tokenizes(tmp_path):
     processes = [start(tmp_path, 0.5) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE_S)[0].split() for process in processes]
     assert [output[-1] for output in outputs] == ["2280", "2280"]
     assert sorted(output.count("encoding") for output in outputs) == [
         0,

@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# How long a test waits for what takes seconds: so that a hang ends, on any kind of CPU and on a busy machine.
+PATIENCE_S = 600
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 
-def run_ranks(fn, num_ranks: int, *args, timeout_s: int = 120) -> list:
+def run_ranks(fn, num_ranks: int, *args, timeout_s: int = PATIENCE_S) -> list:
     """[fn(rank, *args) of each rank]. Forks, so that the imports of the test process are shared."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +60,7 @@ def _one_rank(fn, rank, num_ranks, folder, args):
     os._exit(0)  # not through the parent's exit handlers
 
 
-def launch(*args: str, timeout_s: int = 180, env: dict | None = None) -> subprocess.CompletedProcess:
+def launch(*args: str, timeout_s: int = PATIENCE_S, env: dict | None = None) -> subprocess.CompletedProcess:
     """Run a command of the virtual environment, e.g. launch("torchrun", ...), from the repository's root."""
     command = [str(BIN / args[0]), *args[1:]]
     return subprocess.run(
@@ -89,7 +91,7 @@ STRATEGY_ENV = {
 }
 
 
-def fork_ranks(*flags: str, timeout_s: int = 60, **kwargs) -> list[tuple[int, str, str]]:
+def fork_ranks(*flags: str, timeout_s: int = PATIENCE_S, **kwargs) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of the recipe on each rank, as `forked_ranks` starts it."""
     with forked_ranks(*flags, **kwargs) as ranks:
         return ranks.wait(timeout_s)
@@ -146,7 +148,7 @@ def forked_ranks(
 
 def wait_for_step(folder, step: int) -> None:
     """Until a run has logged a step in its RunFolder."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while max((line["train/global_step"] for line in folder.read_metrics()), default=0) < step:
         assert time.monotonic() < deadline, "it does not train"
         time.sleep(0.02)
@@ -157,7 +159,7 @@ class ForkedRanks:
     processes: list
     folder: Path
 
-    def wait(self, timeout_s: float = 60) -> list[tuple[int, str, str]]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> list[tuple[int, str, str]]:
         """(exit code, stdout, stderr) of each rank; None for one that is still there."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:

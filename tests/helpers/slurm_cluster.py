@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.helpers.ranks import PATIENCE_S
+
 PACKAGES = ("slurmctld", "slurmd", "munged", "unshare", "nsenter", "setpriv", "ip")
 NAMESPACES = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
@@ -166,7 +168,7 @@ class Cluster:
         self._process.wait(20)
         shutil.rmtree(self.root)
 
-    def run(self, *command: str, env: dict | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
+    def run(self, *command: str, env: dict | None = None, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess:
         """A command on the controller, from the current folder."""
         env = self.env | (env or {})
         return subprocess.run(self.enter(*command), env=env, capture_output=True, text=True, timeout=timeout_s)
@@ -191,7 +193,7 @@ class Cluster:
         lines = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout.splitlines()
         return dict(word.split("=", 1) for word in lines[0].split() if "=" in word) if lines else {}
 
-    def wait(self, job_id: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, timeout_s: float = PATIENCE_S) -> dict[str, str]:
         """The job once it is in one of the states, else once it ended."""
         until(lambda: self.job(job_id)["JobState"] in (states or ENDED), timeout_s, lambda: self.job(job_id))
         return self.job(job_id)

@@ -11,7 +11,7 @@ import pytest
 
 from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.fsdp import decoder_layers
-from tests.helpers.ranks import ROOT
+from tests.helpers.ranks import PATIENCE_S, ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,7 +77,7 @@ def run_on(nodes, shard_ranks) -> list[dict]:
         command = ["ip", "netns", "exec", name, sys.executable, "-c", RANK, str(rank), str(shard_ranks), cable]
         env = os.environ | {"GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     outputs = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     return [json.loads(output) for output in outputs]

@@ -14,7 +14,7 @@ from lora_dist.errors import UserError
 from lora_dist.parallel.ranks import check_same_on_all_ranks
 from lora_dist.parallel.strategies import STRATEGIES, Launch
 from lora_dist.training.session import what_must_be_the_same
-from tests.helpers.ranks import ROOT, run_ranks
+from tests.helpers.ranks import PATIENCE_S, ROOT, run_ranks
 
 RANK = """
 import datetime, os, time
@@ -49,7 +49,7 @@ def test_ranks_wait_for_a_late_one_and_not_for_one_that_stays_away():
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert outputs[0][0] == "met 2\ngave up True\n", outputs
     assert outputs[1][0] == "met 2\n", outputs
 

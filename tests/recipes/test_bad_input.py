@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lora_dist.embedded import BASE_DIR, QUOTES_DIR
-from tests.helpers.ranks import ROOT, assert_refused, fork_ranks, launch, start_rank
+from tests.helpers.ranks import PATIENCE_S, ROOT, assert_refused, fork_ranks, launch, start_rank
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -130,7 +130,7 @@ def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
     before = sorted(tmp_path.iterdir())
     if case in PROCESSES:
         ranks = [start_rank(rank, *flags, env=env) for rank in range(2)]
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
+        outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
         ended = [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
     else:
         ended = fork_ranks(*flags, env=env)
@@ -172,7 +172,7 @@ def test_a_rank_that_dies_takes_the_others_along(tmp_path):
     done = launch(
         *("torchrun", "--nproc_per_node", "2", str(script), "--dataset_name", str(data)),
         *("--output_dir", str(tmp_path / "run"), "--report_to", "none"),
-        timeout_s=90,
+        timeout_s=PATIENCE_S,
     )
     assert done.returncode != 0 and time.monotonic() - started < 60
     assert not (tmp_path / "run" / "adapter").exists()

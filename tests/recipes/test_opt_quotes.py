@@ -18,7 +18,7 @@ from lora_dist.files import is_complete
 from lora_dist.flags import parse_config
 from lora_dist.run.folder import RunFolder
 from tests.helpers.parity import batch_of, load_sharded
-from tests.helpers.ranks import fork_ranks, launch, launch_recipe, start_rank
+from tests.helpers.ranks import PATIENCE_S, fork_ranks, launch, launch_recipe, start_rank
 
 STEPS = 6
 # Unquantized and in fp32, so that a plain transformers base is the very same function.
@@ -111,13 +111,13 @@ def test_wandb_has_one_offline_run_with_every_step(int8_run):
 def test_a_signal_to_one_rank_stops_all_after_a_step(signalled_rank, tmp_path):
     folder = RunFolder(tmp_path / "run")
     ranks = [start_rank(rank, "--output_dir", str(folder.root), "--report_to", "none") for rank in range(2)]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while not (folder.metrics.exists() and '"train/loss"' in folder.metrics.read_text()):
         assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
         time.sleep(0.1)
     asked_at = metrics_of(folder)[-1]["train/global_step"]  # one more may be done before the signal is there
     ranks[signalled_rank].send_signal(signal.SIGUSR1)
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     state = json.loads(folder.state.read_text())
     assert state["status"] == "preempted" and asked_at <= state["step"] <= asked_at + 2 < 200
@@ -131,7 +131,7 @@ def test_a_signal_while_loading_is_not_lost(tmp_path):
     process = start_rank(0, "--output_dir", str(tmp_path / "run"), "--report_to", "none", num_ranks=1)
     time.sleep(1.5)  # in the middle of the imports
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["step"]) == ("preempted", 0)  # it leaves before its first step

@@ -17,7 +17,11 @@ RECIPES = {
         ["embedded/complaints (prompt_completion)", "accuracy: 0.00 base"],
         ["accuracy"],
     ),
-    "quotes_tags": (["--max_steps", "8"], ["classes: hope, kindness, love", "held-out micro f1: "], ["micro_f1", "macro_f1"]),
+    "quotes_tags": (
+        ["--max_steps", "8"],
+        ["classes: hope, kindness, love", "held-out micro f1: "],
+        ["micro_f1", "macro_f1"],
+    ),
 }
 
 

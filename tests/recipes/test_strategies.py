@@ -10,7 +10,7 @@ from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import prepare_rows
 from lora_dist.parallel.strategies import STRATEGIES
-from tests.helpers.ranks import BIN, ROOT, launch, launch_recipe, start_rank
+from tests.helpers.ranks import BIN, PATIENCE_S, ROOT, launch, launch_recipe, start_rank
 
 STEPS = 4
 FLAGS = ("--max_steps", str(STEPS), "--warmup_steps", "1", "--max_length", "64", "--report_to", "none")
@@ -142,7 +142,7 @@ def test_two_machines_train_the_same_adapter(strategy, single, tmp_path):
         )
         for machine in range(2)
     ]  # fmt: skip
-    outputs = [machine.communicate(timeout=240) for machine in machines]
+    outputs = [machine.communicate(timeout=PATIENCE_S) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
     assert f"strategy: {strategy} (" in outputs[0][0] and "strategy: " not in outputs[1][0]  # rank 0 speaks
     adapter, trajectory, summary = trained(tmp_path / "run")
@@ -173,7 +173,7 @@ def test_ranks_that_differ_are_refused_naming_both(what, tmp_path):
         env = {"PYTHONPATH": str(tmp_path / "older")}
     common = ("--output_dir", str(tmp_path / "run"), "--report_to", "none")
     ranks = [start_rank(0, *common), start_rank(1, *common, *flags, env=env)]
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outputs
     (out, err), other = outputs
     assert (out, other) == ("", ("", "")) and err.startswith("error: ") and err.count("\n") == 1, outputs

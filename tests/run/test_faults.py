@@ -18,7 +18,7 @@ from lora_dist.flags import parse_config
 from lora_dist.run.folder import RunFolder
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training import loop
-from tests.helpers.ranks import BIN, ROOT, fork_ranks, forked_ranks, wait_for_step
+from tests.helpers.ranks import BIN, PATIENCE_S, ROOT, fork_ranks, forked_ranks, wait_for_step
 
 FLAGS = ("--max_steps", "200", "--warmup_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "2")
 FLAGS += ("--gradient_accumulation_steps", "2", "--eval_fraction", "0", "--save_steps", "2", "--report_to", "none")
@@ -263,7 +263,7 @@ def test_a_disk_that_turns_read_only_costs_no_step(small_disk):
         subprocess.run(["mount", "--bind", folder.checkpoints, folder.checkpoints], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder.checkpoints], check=True)
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE_S
             while "Read-only file system" not in ranks.texts(0)[1]:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
@@ -302,7 +302,7 @@ def test_too_many_failed_saves_end_the_run(small_disk):
     folder = RunFolder(small_disk / "run")
     with forked_ranks(*FLAGS, "--output_dir", str(folder.root), "--max_failed_saves", "2", num_ranks=2) as ranks:
         wait_for_step(folder, 4)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while any(process.is_alive() for process in ranks.processes) and time.monotonic() < deadline:
             fill(small_disk)
             time.sleep(0.02)
@@ -380,7 +380,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(folder):
     try:
         wait_for_step(folder, 5)
         os.kill(int((folder.root / ".lock").read_text().split()[1]), signal.SIGKILL)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, said[-3000:]

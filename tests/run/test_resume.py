@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from lora_dist.run.folder import RunFolder
-from tests.helpers.ranks import fork_ranks
+from tests.helpers.ranks import PATIENCE_S, fork_ranks
 
 STEPS = 12
 # 4 micro-batches per step, of 2 rows each, so 1 to 4 ranks can share them. Dropout is on, as in the recipe.
@@ -43,7 +43,7 @@ def killed_after(step: int):
 def start(folder: RunFolder, *flags: str, kill_after: int | None = None, **kwargs) -> list[tuple[int, str, str]]:
     """One start of a run, until its end or until all ranks are killed after a step."""
     patch = killed_after(kill_after) if kill_after else None
-    ended = fork_ranks(*FLAGS, *flags, "--output_dir", str(folder.root), patch=patch, timeout_s=90, **kwargs)
+    ended = fork_ranks(*FLAGS, *flags, "--output_dir", str(folder.root), patch=patch, timeout_s=PATIENCE_S, **kwargs)
     expected = -signal.SIGKILL if kill_after else 0
     assert [code for code, _, _ in ended] == [expected] * len(ended), ended[0][1:]
     return ended

@@ -13,6 +13,7 @@ from lora_dist.errors import UserError
 from lora_dist.run.folder import STEP
 from lora_dist.tracking.dashboard import apply, build, spec
 from lora_dist.tracking.metric_names import METRICS
+from tests.helpers.ranks import PATIENCE_S
 
 NAMES = {metric.name for metric in METRICS}
 OF_RANKS = {name.replace("{i}", str(rank)): name for name in NAMES for rank in (0, 11) if "{i}" in name}
@@ -57,7 +58,7 @@ def without_ids(text: str) -> dict:
 
 def command(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
     words = [sys.executable, "-m", "lora_dist.cli", "dashboard", *words]
-    return subprocess.run(words, env=os.environ | (env or {}), capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=os.environ | (env or {}), capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def refused(*words: str, env: dict | None = None) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from lora_dist.tracking.report import write_comparison
+from tests.helpers.ranks import PATIENCE_S
 from tests.helpers.reported_runs import AGAIN, another, make_folder, page, step_line
 
 # The page is in a frame, because the window of the browser cannot be as narrow as a phone.
@@ -68,7 +69,7 @@ def look_at(text: str, tmp_path, *, width: int, dark: bool) -> dict:
     command += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--timeout=20000"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # requests are counted, but none succeeds
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert "CONSOLE" not in done.stderr, done.stderr
     return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)[1]))
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lora_dist.run.folder import STEP, RunFolder
-from tests.helpers.ranks import fork_ranks, forked_ranks, wait_for_step
+from tests.helpers.ranks import PATIENCE_S, fork_ranks, forked_ranks, wait_for_step
 from tests.helpers.wandb_files import FLAGS, OFFLINE, history
 
 pytestmark = pytest.mark.wandb
@@ -246,7 +246,7 @@ def test_push_replays_a_run_into_one_that_is_whole(folder, fake_wandb):
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
     env = os.environ | fake_wandb.env
     command = [sys.executable, "-m", "lora_dist.cli", "push", str(folder.root), "--project", "p"]
-    pushed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    pushed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert pushed.returncode == 0, pushed.stderr
     ((name, run),) = fake_wandb.runs.items()
     assert name.split("/")[1] == "p" and pushed.stdout.strip().endswith(name.split("/")[2])
