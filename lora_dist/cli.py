@@ -50,22 +50,29 @@ def run(words: list[str]) -> int | None:
     elif name not in READ_RECIPE_FLAGS:
         _check_flags(rest, commands.choices[name], f"lora-dist {name}")
     if name == "train" and rest[:1] not in (["-h"], ["--help"]):  # what follows is the recipe's, --help as well
-        args, unknown = argparse.Namespace(run="train", words=rest), []
+        args, unknown = argparse.Namespace(words=rest), []
     else:
-        words, recipe = _split_at_recipe(words)
-        args, unknown = parser.parse_known_args(words)
+        recipe = []
+        if name in ("prepare", "submit"):
+            rest, recipe = _split_at_recipe(rest, commands.choices[name])
+        args, unknown = parser.parse_known_args([name, *rest])
         args.unknown, args.recipe = unknown, recipe
     if unknown and name not in READ_RECIPE_FLAGS:
         raise UserError(f"{unknown[0]}: one word too many for lora-dist {name}; see lora-dist {name} --help")
-    return getattr(importlib.import_module("lora_dist.commands"), args.run)(args)
+    return getattr(importlib.import_module("lora_dist.commands"), name)(args)
 
 
-def _split_at_recipe(words: list[str]) -> tuple[list[str], list[str]]:
-    """submit and prepare: (the words before the recipe, the recipe and its flags); other commands: (words, [])."""
-    if words[:1] in (["submit"], ["prepare"]):
-        for position, word in enumerate(words):
-            if word.endswith(".py"):
-                return words[:position], words[position:]
+def _split_at_recipe(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """(the options before the recipe, the recipe and its flags). The recipe is the first word that is no option's."""
+    without_value = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
+    is_value = False
+    for position, word in enumerate(words):
+        if word.startswith("-"):
+            is_value = word not in without_value and "=" not in word
+        elif is_value:
+            is_value = False
+        else:
+            return words[:position], words[position:]
     return words, []
 
 
@@ -74,7 +81,7 @@ def _check_flags(words: list[str], parser: argparse.ArgumentParser, command: str
     valid = [flag for action in parser._actions for flag in action.option_strings]
     for word in words:
         flag = word.partition("=")[0]
-        if flag.startswith("-") and flag not in valid:
+        if flag.startswith("-") and flag not in valid and " " not in word:  # a prompt may begin with a dash
             names = [name.lstrip("-") for name in valid if name.startswith("--")]
             every = f"{command} has {' '.join(f'--{name}' for name in names)}"
             raise UserError(f"{flag}: no such flag; {did_you_mean(flag.lstrip('-'), names, every, prefix='--')}")
@@ -130,7 +137,6 @@ def _add_generate(commands) -> None:
     )
     command.add_argument("--max_new_tokens", type=int, default=48, help="stop after this many tokens (default: 48)")
     command.add_argument("--json", action="store_true", help="print {prompt, completion} as JSON")
-    command.set_defaults(run="generate")
 
 
 def _add_doctor(commands) -> None:
@@ -150,7 +156,6 @@ def _add_doctor(commands) -> None:
         "--run_folder", default="runs", metavar="DIR", help="with --distributed: a folder that all ranks must see"
     )
     command.add_argument("--json", action="store_true", help="print the counts, warnings and examples as JSON")
-    command.set_defaults(run="doctor")
 
 
 def _add_report(commands) -> None:
@@ -163,7 +168,6 @@ def _add_report(commands) -> None:
     command.add_argument(
         "--output", metavar="FILE.html", help="default: RUN/report.html, or comparison.html for several runs"
     )
-    command.set_defaults(run="report")
 
 
 def _add_status(commands) -> None:
@@ -175,7 +179,6 @@ def _add_status(commands) -> None:
     )  # fmt: skip
     command.add_argument("run_folders", nargs="+", metavar="RUN")
     command.add_argument("--json", action="store_true", help="print it as JSON; a list if several runs are given")
-    command.set_defaults(run="status")
 
 
 def _add_strategies(commands) -> None:
@@ -186,7 +189,6 @@ def _add_strategies(commands) -> None:
         epilog="Example: lora-dist strategies --json",
     )  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the table as JSON")
-    command.set_defaults(run="strategies")
 
 
 def _add_quantize(commands) -> None:
@@ -205,7 +207,6 @@ def _add_quantize(commands) -> None:
         help="precision that it will be trained in; it decides the dtype of the tensors that are not quantized "
         "(default: bf16)",
     )  # fmt: skip
-    command.set_defaults(run="quantize")
 
 
 def _add_prepare(commands) -> None:
@@ -214,11 +215,11 @@ def _add_prepare(commands) -> None:
         description="Download the base, tokenize the data, and check both against a recipe's settings and the job's "
         "ranks, without a GPU. Everything after the recipe is its flags. Uses the recipe's GPU defaults, unless you "
         "give --ranks-per-node without --gpus-per-node (then its CPU defaults).",
-        epilog="Example: lora-dist prepare --gpus-per-node 8 recipes/opt_quotes.py --quantization nf4",
-        usage="lora-dist prepare [OPTIONS] RECIPE.py [--SETTING VALUE ...]",
+        epilog="Example: lora-dist prepare --gpus-per-node 8 opt_quotes --quantization nf4",
+        usage="lora-dist prepare [OPTIONS] RECIPE [--SETTING VALUE ...]",
     )  # fmt: skip
     _add_slurm_options(command)
-    command.set_defaults(run="prepare", other_options=[])
+    command.set_defaults(other_options=[])
 
 
 def _add_submit(commands) -> None:
@@ -229,7 +230,7 @@ def _add_submit(commands) -> None:
         "completed. Everything after the recipe is its flags.",
         epilog="Example: lora-dist submit --nodes 2 --gpus-per-node 8 --time 4:00:00 --partition gpu "
         "recipes/opt_quotes.py --output_dir runs/a",
-        usage="lora-dist submit [OPTIONS] RECIPE.py [--SETTING VALUE ...]",
+        usage="lora-dist submit [OPTIONS] RECIPE [--SETTING VALUE ...]",
     )  # fmt: skip
     _add_slurm_options(command)
     command.add_argument(
@@ -241,7 +242,7 @@ def _add_submit(commands) -> None:
         "--dry-run", action="store_true", help="print the sbatch file and Slurm's estimate of the start; submit nothing"
     )
     command.add_argument("--json", action="store_true", help="print {job_id, log, ...} as JSON")
-    command.set_defaults(run="submit", other_options=["prepare", "dry-run", "json"])
+    command.set_defaults(other_options=["prepare", "dry-run", "json"])
 
 
 def _add_slurm_options(command) -> None:
@@ -270,7 +271,6 @@ def _add_push(commands) -> None:
     command.add_argument("run_folder", metavar="RUN")
     command.add_argument("--project", metavar="P", help="default: WANDB_PROJECT, or lora-dist")
     command.add_argument("--entity", metavar="E", help="user or team (default: the account's)")
-    command.set_defaults(run="push")
 
 
 def _add_dashboard(commands) -> None:
@@ -284,7 +284,6 @@ def _add_dashboard(commands) -> None:
     command.add_argument("--project", default="lora-dist", metavar="P", help="default: lora-dist")
     command.add_argument("--url", help="address of an existing view to overwrite")
     command.add_argument("--dump", action="store_true", help="print the view as JSON; needs no account")
-    command.set_defaults(run="dashboard")
 
 
 if __name__ == "__main__":

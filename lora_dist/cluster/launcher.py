@@ -48,7 +48,8 @@ def read_command(words: list[str]) -> TrainCommand:
         name, equals, value = word.partition("=")
         if name in options:
             value = value if equals else next(words, None)
-            require(value, name.removeprefix("--"), value or "", "needs a value")
+            if not value:
+                raise UserError(f"{name}: needs a value")
             options[name] = value
         else:
             rest.append(word)

@@ -8,7 +8,7 @@ from types import ModuleType
 import yaml
 
 from lora_dist.environment import shipped
-from lora_dist.errors import UserError, did_you_mean, require
+from lora_dist.errors import UserError, did_you_mean
 
 # Prefixes of the variables that `accelerate launch` sets for the ranks.
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
@@ -28,7 +28,7 @@ def _find(setting: str, kind: str, asked: str, folder: str, suffix: str) -> Path
     path = Path(asked)
     ships = {file.stem: file for file in sorted(shipped(folder).glob(f"*{suffix}"))}
     names = " ".join(ships)
-    if path.suffix in (suffix, ".yml"):
+    if path.suffix == suffix:
         if path.is_file():
             return path
         raise UserError(f"{setting} {asked}: no such file; the names of those that ship are {names}")
@@ -50,7 +50,8 @@ def load_recipe(recipe: Path) -> ModuleType:
     finally:
         sys.path.pop(0)
     missing = [name for name in ("CONFIG", "GPU", "EMBEDDED", "main") if not hasattr(module, name)]
-    require(not missing, "recipe", recipe, f"has no {', '.join(missing)}; see recipes/opt_quotes.py")
+    if missing:
+        raise UserError(f"recipe {recipe}: has no {', '.join(missing)}; see recipes/opt_quotes.py")
     return module
 
 

@@ -2,8 +2,8 @@
 
 import datetime
 import math
+import os
 import shlex
-import shutil
 import statistics
 import sys
 import time
@@ -161,9 +161,9 @@ class ProgressLine:
 
 
 def _progress_bar(num_steps: int, step: int) -> tqdm:
-    # tqdm draws nothing on a terminal that reports 0 columns and rows, as a fresh pseudo-terminal does; shutil gives
-    # 80 and 24 for it.
-    columns, rows = shutil.get_terminal_size()
+    columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    # A fresh pseudo-terminal reports 0 columns and rows, for which tqdm draws nothing.
+    columns, rows = columns or 80, rows or 24
     width = max(1, BAR_WIDTH - max(0, LINE_WIDTH - columns))
     bar_format = f"{{percentage:3.0f}}%|{{bar:{width}}}| {{desc}}"
     return tqdm(total=num_steps, initial=step, bar_format=bar_format, ncols=columns, nrows=rows)
