@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -79,6 +80,20 @@ def test_each_accelerate_config_is_a_row_of_the_table():
         header = (ROOT / f"accelerate_configs/{name}.yaml").read_text().split("compute_environment")[0]
         assert header.startswith(f"# {name}: ")
         assert all(f"# {part}" in header for part in ("When: ", "Memory per GPU: ", "Traffic per step: "))
+
+
+def test_a_wheel_holds_every_package_and_what_ships_beside_them():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    code = {f"lora_dist.{p.parent.name}" for p in (ROOT / "lora_dist").glob("*/__init__.py")} | {"lora_dist"}
+    assert set(setup["packages"]) == code | set(setup["package-dir"])
+    for package, folder in setup["package-dir"].items():
+        assert package == f"lora_dist.{folder.replace('/', '.')}"  # the same path below the package as in the checkout
+        patterns = [*setup["package-data"].get(package, ()), "*.py"]
+        held = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+        files = {p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".md", ".pyc")}
+        assert held == files, package
+    inside = {path for pattern in setup["package-data"]["lora_dist"] for path in (ROOT / "lora_dist").glob(pattern)}
+    assert inside == {p for p in (ROOT / "lora_dist").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
 
 
 def test_no_test_module_imports_another():

@@ -20,7 +20,7 @@ def write(path, text):
 CASES = {
     "unknown flag": (lambda t: ["--lora_rank", "8"], {}, ["--lora_rank", "no such flag", "--lora_r"]),
     "int4": (lambda t: ["--quantization", "int4"], {}, ["--quantization", "int4", "int8", "nf4", "none"]),
-    "not a number": (lambda t: ["--lora_r", "many"], {}, ["--lora_r", "many", "int"]),
+    "not a number": (lambda t: ["--lora_r", "many"], {}, ["--lora_r many", "must be a whole number"]),
     "negative rank": (lambda t: ["--lora_r", "-4"], {}, ["--lora_r -4", "1 or more"]),
     "dropout of one": (lambda t: ["--lora_dropout", "1.0"], {}, ["--lora_dropout 1.0", "below 1"]),
     "learning rate": (lambda t: ["--learning_rate", "3"], {}, ["--learning_rate 3.0", "2e-4"]),
@@ -42,7 +42,7 @@ CASES = {
     ),
     "no hub name": (lambda t: ["--push_to_hub", "true"], {}, ["--push_to_hub", "--hub_model_id"]),
     "config file": (lambda t: ["--config", str(t / "no.yaml")], {}, ["--config", "no.yaml", "No such file"]),
-    "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["--lora_rr", "--lora_r?"]),
+    "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["c.yaml: lora_rr: no such setting", "--lora_r?"]),
     "no model": (
         lambda t: ["--model_name_or_path", str(t / "none")],
         {},
@@ -138,6 +138,14 @@ def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
     assert sorted(tmp_path.iterdir()) == before  # nothing was half-written
 
 
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted((ROOT / "recipes").glob("*.py"))])
+def test_every_recipe_refuses_a_chat_template_that_is_not_there(recipe, tmp_path):
+    flags = ("--output_dir", str(tmp_path / "run"), "--chat_template", "/nonexistent.jinja")
+    ended = fork_ranks(*flags, recipe=recipe)
+    assert_refused(ended, ["--chat_template /nonexistent.jinja: cannot be read"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_count_that_the_launcher_did_not_start_is_refused(tmp_path):
     """fsdp on one process, as `--num_processes 1` makes it."""
     done = launch(
@@ -166,7 +174,8 @@ def test_a_rank_that_dies_takes_the_others_along(tmp_path):
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
         "if os.environ['RANK'] == '1': sys.argv += ['--dataset_text_field', 'nothing']\n"
-        "import opt_quotes; opt_quotes.run_recipe(opt_quotes.main, opt_quotes.CONFIG, description='')\n"
+        "import lora_dist, opt_quotes as recipe\n"
+        "lora_dist.run_recipe(recipe.main, recipe.CONFIG, gpu=recipe.GPU, embedded=recipe.EMBEDDED, description='')\n"
     )
     started = time.monotonic()
     done = launch(
@@ -191,7 +200,8 @@ def test_nothing_runs_after_a_recipe_is_done(tmp_path, raised, code):
         "    atexit.register(os.abort)\n"
         "    print('trained')\n"
         f"    if {raised}: raise {raised}\n"
-        "run_recipe(main, TrainConfig(), description='')\n"
+        "data = {'model_name_or_path': 'embedded', 'dataset_name': 'embedded'}\n"
+        "run_recipe(main, TrainConfig(), gpu=data, embedded=data, description='')\n"
     )
     done = launch("python", str(script))
     assert (done.returncode, done.stdout) == (code, "trained\n"), done.stderr
