@@ -227,7 +227,7 @@ def test_a_dead_adapter_is_an_error(folder):
         *FLAGS, *flags, num_ranks=1, patch=lambda rank: [not_finite(step, 0, "loss")(rank) for step in (0, 1)]
     )
     assert ended[0][0] == 1
-    assert "error: the adapter is dead: every lora_B is zero" in ended[0][2]
+    assert "error: every lora_B of the adapter is zero" in ended[0][2]
     assert not folder.adapter.exists() and folder.read_state()["status"] == "failed"
 
 
