@@ -1,11 +1,11 @@
-"""All of a training's state, whole and tied to no number of ranks: taken in a moment, written beside the training.
+"""Checkpoints: the whole state of a training, for any number of ranks, written while the training continues.
 
     step-00000100/adapter/                 PEFT's format, with the tokenizer
     step-00000100/optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME and step.NAME of each trained parameter, fp32
     step-00000100/training_state.json      counts, the loss scaler, settings, versions
-    step-00000100/manifest.json            sizes and sha256 of the others, written last
+    step-00000100/manifest.json            sizes and sha256 of the other files, written last
 
-There is no random state to save: whatever is drawn is drawn from the seed, the step and the micro-batch.
+No random state is saved, because every draw depends on the seed, the step and the micro-batch alone.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies in host memory, so that training can go on while they are written."""
+    """Copies in host memory, so that training can continue while they are written."""
 
     params: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
@@ -47,7 +47,10 @@ class Snapshot:
 
 
 def take_snapshot(run: Run) -> Snapshot | None:
-    """None but on rank 0. Raises RuntimeError where ranks hold different adapters. Collective."""
+    """Copy the state as it is now; None on ranks other than 0. Collective.
+
+    Raises RuntimeError if the ranks hold different adapters.
+    """
     digest = check_identical(run.model)
     states = optimizer_states(run)
     if not run.is_main:
@@ -75,7 +78,7 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def optimizer_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameter name to AdamW's state of it; empty before the first step. Collective under ZeRO-2."""
+    """AdamW's state by parameter name; empty before the first step. Collective under ZeRO-2."""
     names = list(trainable_parameters(run.model))
     if run.training.zero2:
         return dict(zip(names, zero2_state(run.training.zero2, run.training.params), strict=False))
@@ -86,9 +89,9 @@ def optimizer_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
-    """Write, read back, and only then give it its name. Rank 0 only.
+    """Write a checkpoint, read it back, and only then rename it to `folder`. Rank 0 only.
 
-    Raises OSError where it could not be written; then nothing of that name, and nothing half-written, is left.
+    Raises OSError if it could not be written; then neither `folder` nor anything half-written is left.
     """
     partial = run.folder.make_partial(folder)
     try:
@@ -98,7 +101,7 @@ def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
         saved = load_file(partial / "adapter" / "adapter_model.safetensors")
         expected = get_peft_model_state_dict(run.model, snapshot.params, save_embedding_layers=False)
         if saved.keys() != expected.keys() or not all(torch.equal(saved[name], expected[name]) for name in saved):
-            raise OSError(f"{partial}: the adapter reads back as another")
+            raise OSError(f"{partial}: the adapter that was read back differs")
         sync_files(partial)
         write_manifest(partial)
         run.folder.put_in_place(partial, folder)
@@ -108,9 +111,9 @@ def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
 
 
 def restore(run: Run) -> None:
-    """Put the checkpoint that the run goes on from into the model, the optimizer, the schedule and the loss scaler.
+    """Load the checkpoint that the run continues from: adapter, optimizer, learning rate, loss scaler and progress.
 
-    Rank 0 reads it and sends it to the others. Raises RuntimeError unless every rank ends up with the very adapter
+    Rank 0 reads it and sends it to the others. Raises RuntimeError unless every rank ends up with exactly the adapter
     that was saved. Collective.
     """
     state, optimizer = None, {}
@@ -121,30 +124,40 @@ def restore(run: Run) -> None:
         optimizer = load_file(folder / "optimizer.safetensors")
         _warn_of_other_numerics(state["numerics"], numerics(_attention(run)))
     state, has_optimizer = from_rank_0((state, bool(optimizer)))
-    states = []
-    for name, param in trainable_parameters(run.model).items():
+    for param in run.training.params:
         copy_from_rank_0(param.data)
-        states.append({})
-        for key in OPTIMIZER_KEYS if has_optimizer else ():
-            value = torch.empty((), device=param.device) if key == "step" else torch.empty_like(param)
-            if optimizer:
-                value.copy_(optimizer[f"{key}.{name}"])
-            copy_from_rank_0(value)
-            states[-1][key] = value.cpu() if key == "step" else value  # where AdamW keeps them
+    _restore_optimizer(run, optimizer, has_state=has_optimizer)
     if check_identical(run.model) != state["adapter_sha256"]:
-        raise RuntimeError(f"{run.folder.resume_from}: the adapter loads as another than was saved")
-    if run.training.zero2:
-        load_zero2_state(run.training.zero2, run.training.params, states)
-    elif has_optimizer:
-        run.training.optimizer.state.update(zip(run.training.params, states, strict=True))
+        raise RuntimeError(f"{run.folder.resume_from}: the adapter that was loaded differs from the one that was saved")
     if state["loss_scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
     run.progress = Progress(**state["progress"])
     set_schedule(run, run.progress.step)
 
 
+def _restore_optimizer(run: Run, saved: dict[str, torch.Tensor], *, has_state: bool) -> None:
+    """Put AdamW's state into the optimizer, and under ZeRO-2 also the parameters. Collective.
+
+    `saved`: the tensors by KEY.NAME on rank 0, {} on the others. `has_state`: False before the first step.
+    """
+    states = []
+    for name, param in trainable_parameters(run.model).items():
+        state = {}
+        for key in OPTIMIZER_KEYS if has_state else ():
+            value = torch.empty((), device=param.device) if key == "step" else torch.empty_like(param)
+            if saved:
+                value.copy_(saved[f"{key}.{name}"])
+            copy_from_rank_0(value)
+            state[key] = value.cpu() if key == "step" else value  # where AdamW keeps them
+        states.append(state)
+    if run.training.zero2:
+        load_zero2_state(run.training.zero2, run.training.params, states)
+    elif has_state:
+        run.training.optimizer.state.update(zip(run.training.params, states, strict=True))
+
+
 def set_schedule(run: Run, step: int) -> None:
-    """The learning rates of `step`: a function of it and of the settings, so nothing of it is saved."""
+    """Set the learning rates of `step`. They follow from the step and the settings, so no checkpoint holds them."""
     scheduler = run.training.scheduler
     scheduler.last_epoch, scheduler._step_count = step, step + 1
     scheduler._last_lr = [base * of(step) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -153,9 +166,9 @@ def set_schedule(run: Run, step: int) -> None:
 
 
 def _warn_of_other_numerics(then: dict, now: dict) -> None:
-    changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+    changed = [f"{name} was {then[name]}, is now {now[name]}" for name in now if then[name] != now[name]]
     if changed:
-        print(f"warning: the run goes on with {'; '.join(changed)}: the bits may differ from here on", file=sys.stderr)
+        print(f"warning: {'; '.join(changed)}: the bits may differ from this step on", file=sys.stderr)
 
 
 def _attention(run: Run) -> str:
@@ -163,41 +176,41 @@ def _attention(run: Run) -> str:
 
 
 class Saver:
-    """Saves checkpoints in a thread of rank 0; the training waits for the copy, and for the save before."""
+    """Saves checkpoints in a thread of rank 0. The training waits only for the copy, and for an earlier save."""
 
     def __init__(self, run: Run):
         self.run = run
-        self.failed = 0  # saves in a row
+        self.failed = 0  # number of saves in a row that failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
-        self._waited_s = 0.0  # training, for the save that is being written
+        self._waited_s = 0.0  # time that the training waited for the save that is being written
         self._ended: list[dict[str, float]] = []
 
     def save(self) -> None:
-        """Begin to save. Raises RunFailed after too many saves in a row that failed. Collective."""
+        """Start a save. Raises RunFailed if too many saves in a row have failed. Collective."""
         started = time.perf_counter()
-        self._settle(most_failures=self.run.config.max_failed_saves - 1)
+        self._wait(max_failures=self.run.config.max_failed_saves - 1)
         snapshot = take_snapshot(self.run)
         if snapshot:
             self._writing = self._thread.submit(self._write, snapshot)
         self._waited_s = time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait until what was begun is written. Raises RunFailed where it could not be. Collective."""
-        self._settle(most_failures=0)
+        """Wait for the last save. Raises RunFailed if it failed. Collective."""
+        self._wait(max_failures=0)
 
-    def _settle(self, most_failures: int) -> None:
+    def _wait(self, max_failures: int) -> None:
         if self._writing:
             self._writing.exception()
             self._collect()
-        if any_rank(self.failed > most_failures, self.run.device):  # known to rank 0 alone
+        if any_rank(self.failed > max_failures, self.run.device):  # only rank 0 knows
             raise RunFailed(
-                f"checkpoints could not be written to {self.run.folder.checkpoints}, the last {self.failed or 'ones'}; "
-                "those before are kept: make room, and start again with the same --output_dir"
+                f"the last {self.failed or 'few'} checkpoint(s) could not be written to {self.run.folder.checkpoints}; "
+                "the earlier ones are kept: make room, and start again with the same --output_dir"
             )
 
     def results(self) -> list[dict[str, float]]:
-        """Metrics of the saves that have ended since the last call."""
+        """The metrics of the saves that have ended since the last call."""
         if self._writing and self._writing.done():
             self._collect()
         ended, self._ended = self._ended, []
@@ -211,7 +224,9 @@ class Saver:
         self.failed = self.failed + 1 if error else 0
         if error:
             left = self.run.config.max_failed_saves - self.failed
-            what = f"warning: could not save ({error}); training goes on; {left} more in a row and it ends"
+            what = (
+                f"warning: could not save ({error}); training continues, and ends after {left} more failures in a row"
+            )
             print(what, file=sys.stderr, flush=True)
             self._ended.append({"checkpoint/failed_saves": self.failed})
         else:

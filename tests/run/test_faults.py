@@ -309,7 +309,7 @@ def test_too_many_failed_saves_end_the_run(small_disk):
         ended = ranks.wait(1)
     assert [code for code, _, _ in ended] == [1, 1]
     said = ended[0][2] + ended[1][2]
-    assert said.count(f"error: checkpoints could not be written to {folder.checkpoints}, the last 2; ") == 1
+    assert said.count(f"error: the last 2 checkpoint(s) could not be written to {folder.checkpoints}; ") == 1
     assert "gone" not in said and folder.checkpoints.exists()
     assert "Traceback" not in said
     assert folder.newest_whole_checkpoint()[0] is not None

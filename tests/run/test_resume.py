@@ -204,4 +204,4 @@ def test_what_changes_is_warned_of_or_refused(tmp_path):
         patch=lambda rank: os.environ.update(OMP_NUM_THREADS="2"),
     )  # fmt: skip
     assert code == 0
-    assert "warning: the run goes on with threads 1, now 2: the bits may differ from here on" in err
+    assert "warning: threads was 1, is now 2: the bits may differ from this step on" in err
