@@ -4,8 +4,9 @@ import re
 import pytest
 import yaml
 
-from lora_dist.config import TrainConfig, parse_config
+from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
+from lora_dist.flags import parse_config
 
 DEFAULTS = TrainConfig(dataset_text_field="quote", max_steps=200)
 

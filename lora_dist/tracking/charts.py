@@ -1,5 +1,6 @@
 """Curves over optimizer steps, as the geometry of an SVG: scales, ticks, and not too many points."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ Points = Sequence[tuple[float, float]]  # (step, value), by step
 class Series:
     """A line of a chart, or dots if there are few values and each one counts.
 
-    `style` is the number of one of the page's colours and dashes.
+    `style` is the number of one of the page's colours and dashes. A `faint` line lies behind the smoothed one.
     """
 
     name: str
     points: Points
     as_dots: bool = False
     style: int = 0
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class DrawnSeries:
     xy: Points
     as_dots: bool
     style: int
+    faint: bool
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,23 @@ def _step_range(series: list[Series]) -> tuple[float, float]:
 
 def _to_pixels(series: Series, frame: Frame, max_points: int) -> DrawnSeries:
     xy = [(frame.x(step), frame.y(value)) for step, value in thin(series.points, max_points)]
-    return DrawnSeries(series.name, xy, series.as_dots or len(series.points) == 1, series.style)
+    return DrawnSeries(series.name, xy, series.as_dots or len(series.points) == 1, series.style, series.faint)
 
 
 def _in_words(series: Series) -> str:
     (first_step, first), (last_step, last) = series.points[0], series.points[-1]
     return f"{series.name}: {tick_text(first)} at step {first_step:g}, {tick_text(last)} at step {last_step:g}"
+
+
+def smoothed(points: Points) -> Points:
+    """Means over a window of a twentieth of the values, centred at each step; shorter towards both ends."""
+    reach = len(points) // 40
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    means = []
+    for i, (step, _) in enumerate(points):
+        around = min(reach, i, len(points) - 1 - i)
+        means.append((step, (sums[i + around + 1] - sums[i - around]) / (2 * around + 1)))
+    return means
 
 
 def thin(points: Points, max_points: int = MAX_POINTS) -> Points:

@@ -12,7 +12,7 @@ from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.files import write_whole
 from lora_dist.run.folder import RunFolder
-from lora_dist.tracking.charts import Chart, Series, draw
+from lora_dist.tracking.charts import Chart, Series, draw, smoothed
 from lora_dist.tracking.metric_names import PARTS
 from lora_dist.tracking.record import RunRecord, rank_of
 from lora_dist.tracking.report_memory import memory_bars
@@ -36,6 +36,7 @@ COMPARED_CURVES = (  # title, unit, metric
     ("Learning rate", "", "train/learning_rate"),
     ("Gradient norm before clipping", "", "train/grad_norm"),
 )
+MIN_SMOOTHED = 40  # values; with fewer a running mean would hide more than it shows
 WIDE_CHART = {"width": 860, "height": 300}
 MAX_COMPARED = 8  # runs that the colours and dashes of a chart tell apart
 # Limits that keep the page of a long run small.
@@ -114,8 +115,11 @@ def _template(name: str) -> jinja2.Template:
 
 def _loss_charts(record: RunRecord, restart_steps: list[int]) -> list[Chart]:
     """The loss twice: in a wide chart, and in a narrow one for a phone. [] if there is no loss yet."""
+    losses = record.series("train/loss")
+    averaged = [Series("training, running mean", smoothed(losses))] if len(losses) >= MIN_SMOOTHED else []
     series = [
-        Series("training", record.series("train/loss")),
+        Series("training", losses, faint=bool(averaged)),
+        *averaged,
         Series("held-out", record.series("eval/loss"), as_dots=True, style=1),
     ]
     charts = [

@@ -42,7 +42,11 @@ CASES = {
     ),
     "no hub name": (lambda t: ["--push_to_hub", "true"], {}, ["--push_to_hub", "--hub_model_id"]),
     "config file": (lambda t: ["--config", str(t / "no.yaml")], {}, ["--config", "no.yaml", "No such file"]),
-    "typo in config": (lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")], {}, ["c.yaml: lora_rr: no such setting", "--lora_r?"]),
+    "typo in config": (
+        lambda t: ["--config", write(t / "c.yaml", "lora_rr: 3")],
+        {},
+        ["c.yaml: lora_rr: no such setting", "--lora_r?"],
+    ),
     "no model": (
         lambda t: ["--model_name_or_path", str(t / "none")],
         {},

@@ -8,7 +8,7 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.run.folder import STEP, RunFolder
-from lora_dist.tracking.charts import MAX_DOTS, MAX_POINTS, Series, draw, thin, tick_text, ticks
+from lora_dist.tracking.charts import MAX_DOTS, MAX_POINTS, Series, draw, smoothed, thin, tick_text, ticks
 from lora_dist.tracking.record import RunRecord
 from lora_dist.tracking.report import time_spent, write_comparison
 from lora_dist.tracking.report_memory import memory_bars
@@ -270,9 +270,25 @@ def test_a_long_run_is_a_small_page_and_keeps_its_spikes(folder):
     write_long(folder)
     text = page(folder)
     assert len(text.encode()) < 300_000
-    polyline = re.findall(r'<polyline class="curve s0" points="([^"]*)"', text)[0].split()
+    polyline = re.findall(r'<polyline class="curve s0 faint" points="([^"]*)"', text)[0].split()
     ys = [float(point.split(",")[1]) for point in polyline]
     assert len(polyline) <= MAX_POINTS and min(ys) < 20 and sorted(ys)[1] > 100  # one point stands at the top
+
+
+def test_the_loss_is_smoothed_and_its_own_values_are_behind(folder):
+    assert "running mean" not in page(folder) and " faint" not in page(folder).split("</style>")[1]
+    write_long(folder)
+    chart = page(folder).split('<figure class="wide">')[1].split("</figure>")[0]
+    faint, line = chart.index('class="curve s0 faint"'), chart.index('class="curve s0"')
+    assert faint < line and "training, running mean" in chart
+
+
+def test_a_running_mean_keeps_straight_lines_and_averages_noise():
+    assert smoothed([(0, 1.0), (1, 5.0)]) == [(0, 1.0), (1, 5.0)]  # too few to average
+    line = [(step, 3.0 * step) for step in range(200)]
+    assert [value for _, value in smoothed(line)] == pytest.approx([value for _, value in line])
+    noise = smoothed([(step, float(step % 2)) for step in range(200)])
+    assert all(0.4 < value < 0.6 for _, value in noise[5:-5]) and [step for step, _ in noise] == list(range(200))
 
 
 def test_points_are_thinned_without_losing_ends_or_extremes():
