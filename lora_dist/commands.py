@@ -30,17 +30,19 @@ def generate(args) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from lora_dist.data.formats import encode_prompt
+
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoPeftModelForCausalLM.from_pretrained(
         folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # The space that ends a prompt belongs to the next word's token: leave it to the model.
-    inputs = tokenizer(args.prompt.rstrip(), return_tensors="pt", return_token_type_ids=False).to(device)
+    prompt_BT = torch.tensor([encode_prompt(tokenizer, args.prompt)], device=device)
     out = model.generate(
-        **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
+        input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=args.max_new_tokens,
+        do_sample=False, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     completion = tokenizer.decode(out[0], skip_special_tokens=True)
     print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
 

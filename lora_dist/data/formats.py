@@ -275,6 +275,11 @@ class Encoder:
         return UserError(f"--dataset_name {self.config.dataset_name}: example {number}: {what}")
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt to complete, without the spaces at its end: they belong to the token of the next word."""
+    return tokenizer(prompt.rstrip())["input_ids"]
+
+
 def mark_trained(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
     """The text of a row, with ⟦ and ⟧ around the trained tokens."""
     parts = []

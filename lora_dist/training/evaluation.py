@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from lora_dist.data.formats import encode_prompt
 from lora_dist.data.micro_batches import MicroBatch, collate, model_inputs
 from lora_dist.data.tasks import IGNORE_INDEX, Task
 from lora_dist.parallel.exact_sum import block
@@ -114,8 +115,7 @@ def complete_samples(run: Run) -> list[dict[str, str | None]]:
     """
     samples, decode = [], partial(run.tokenizer.decode, skip_special_tokens=True)
     if run.config.sample_prompt:
-        # The space at the end of a prompt belongs to the next word's token, so the model has to write it.
-        samples.append((run.tokenizer(run.config.sample_prompt.rstrip())["input_ids"], None))
+        samples.append((encode_prompt(run.tokenizer, run.config.sample_prompt), None))
     if not run.training.micro_batches.task.has_classes:
         for i in range(min(run.config.num_eval_samples, len(run.held_out or ()))):
             prompt, reference = _cut(run.held_out[i], run.training.micro_batches.task)
