@@ -8,6 +8,7 @@ on the number of groups.
 B, H, T, D, V: sequences, heads, tokens, head size, vocabulary; P: positions of this rank's piece, T / size.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -59,20 +60,14 @@ def _attention(group, module, query_BHPD, key_BHPD, value_BHPD, attention_mask, 
     return sdpa_attention_forward(module, query_BHPD, key_BHPD, value_BHPD, attention_mask, **kwargs)
 
 
+@dataclass(frozen=True)
 class ContextParallel:
-    """This rank's group, made of consecutive ranks so that it is inside a node; and its piece of each row.
+    """This rank's group, made of consecutive ranks so that it is inside a node; and its piece of each row."""
 
-    `size`: ranks of a group. Collective, and changes the model's attention.
-    """
-
-    def __init__(self, model: nn.Module, size: int):
-        num_ranks, rank = dist.get_world_size(), dist.get_rank()
-        self.size, self.piece = size, rank % size
-        self.num_groups, self.group_index = num_ranks // size, rank // size
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, num_ranks, size)]
-        AttentionInterface.register(NAME, partial(_attention, groups[self.group_index]))
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    size: int  # ranks of a group
+    piece: int
+    num_groups: int
+    group_index: int
 
     def summed_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(cross entropy in fp32, number of right predictions), summed over the trained tokens of this rank's piece.
@@ -105,6 +100,17 @@ class ContextParallel:
             seen_BPT = seen_BPT & (documents_BT[:, piece, None] == documents_BT[:, None])
             positions_BT = positions_in_documents(documents_BT)
         return ids_BT[:, piece], seen_BPT[:, None], positions_BT[:, piece], targets_BT[:, piece]
+
+
+def start_context_parallel(model: nn.Module, size: int) -> ContextParallel:
+    """Form groups of `size` ranks that share rows, and change the model's attention accordingly. Collective."""
+    num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, num_ranks, size)]
+    context = ContextParallel(size, rank % size, num_ranks // size, rank // size)
+    AttentionInterface.register(NAME, partial(_attention, groups[context.group_index]))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return context
 
 
 def check_context_parallel(model: nn.Module, config: TrainConfig, num_ranks: int) -> None:

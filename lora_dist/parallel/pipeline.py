@@ -9,7 +9,7 @@ B, T, H: sequences, tokens, hidden size. Stage s is rank s.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -36,14 +36,13 @@ class Pipeline:
     num_stages: int
     layers: range  # indices of this rank's decoder layers
     returns_tuple: bool
+    # One group per direction: on a GPU, sends in both directions within one group would wait for each other.
+    forward_group: dist.ProcessGroup
+    backward_group: dist.ProcessGroup
     inbox_BTH: torch.Tensor | None = None  # hidden states from the previous stage, for the current forward
     random_state: torch.Tensor | None = None  # after the previous stage's last layer
     bytes_sent: int = 0
-
-    def __post_init__(self):
-        # One group per direction: on a GPU, sends in both directions within one group would wait for each other.
-        self.forward_group, self.backward_group = dist.new_group(), dist.new_group()
-        self.pending_sends: list[tuple[dist.Work, torch.Tensor]] = []
+    pending_sends: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
 
     @property
     def is_last(self) -> bool:
@@ -93,7 +92,8 @@ def build_stage(
         model.set_submodule(name, layer)
     layers, rank = decoder_layers(model), dist.get_rank()
     own = block(len(layers), num_stages, rank)
-    pipeline = Pipeline(rank, num_stages, own, model.config.model_type in RETURN_TUPLES)
+    returns_tuple = model.config.model_type in RETURN_TUPLES
+    pipeline = Pipeline(rank, num_stages, own, returns_tuple, dist.new_group(), dist.new_group())
     vars(model)["pipeline"] = pipeline
     for index, layer in enumerate(layers):
         if index not in own:

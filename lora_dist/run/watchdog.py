@@ -26,7 +26,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lora_dist.errors import RunFailed, UserError
-from lora_dist.parallel.ranks import gather
+from lora_dist.parallel.ranks import gather, this_rank
 from lora_dist.run.folder import RunFolder
 
 INTERVAL_S = 1.0  # between two signs of life
@@ -85,23 +85,29 @@ class Verdict:
     patience_s: float = 0.0  # seconds in which the ranks may end by themselves
 
 
-class Watchdog:
-    """The watchdog of one rank, from when the ranks have met until `stop`. Creating one is collective."""
+def start_watchdog(folder: RunFolder, *, rank_timeout_s: float, step_timeout_s: float) -> "Watchdog":
+    """Start to watch the other ranks and this one's progress, in a thread. Collective."""
+    ranks = gather((socket.gethostname(), os.getpid()))
+    return Watchdog(folder, ranks, rank_timeout_s=rank_timeout_s, step_timeout_s=step_timeout_s)
 
-    def __init__(self, folder: RunFolder, *, rank_timeout_s: float, step_timeout_s: float):
+
+class Watchdog:
+    """The watchdog of one rank, from when the ranks have met until `stop`. Made by `start_watchdog`.
+
+    `ranks` holds the host and the process id of each rank.
+    """
+
+    def __init__(
+        self, folder: RunFolder, ranks: list[tuple[str, int]], *, rank_timeout_s: float, step_timeout_s: float
+    ):
         self.folder, self.rank_timeout_s, self.step_timeout_s = folder, rank_timeout_s, step_timeout_s
-        self.rank, self.hosts = 0, [socket.gethostname()]
-        self._neighbours: dict[int, int] = {}  # the other ranks of this machine, with their process ids
-        self._store, self._last_sign = None, ("", time.monotonic())  # the next rank's, and when it was first seen
-        if dist.is_initialized():
-            self.rank = dist.get_rank()
-            ranks = gather((socket.gethostname(), os.getpid()))
-            self.hosts = [host for host, _ in ranks]
-            local = {r: pid for r, (host, pid) in enumerate(ranks) if host == self.hosts[self.rank] and r != self.rank}
-            # A rank in another process namespace cannot be looked up here.
-            self._neighbours = {r: pid for r, pid in local.items() if _is_alive(pid)}
-            # A clone, because the store's own connection is busy while a collective waits in it.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+        self.rank, self.hosts = this_rank(), [host for host, _ in ranks]
+        local = {r: pid for r, (host, pid) in enumerate(ranks) if host == self.hosts[self.rank] and r != self.rank}
+        # The other ranks of this machine. A rank in another process namespace cannot be looked up here.
+        self._neighbours = {r: pid for r, pid in local.items() if _is_alive(pid)}
+        # A clone, because the store's own connection is busy while a collective waits in it.
+        self._store = dist.distributed_c10d._get_default_store().clone() if dist.is_initialized() else None
+        self._last_sign = "", time.monotonic()  # the next rank's, and when it was first seen
         # If the store dies with rank 0, each later request writes a C++ backtrace to stderr, so none must be made.
         self._store_is_of_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._stopped = threading.Event()

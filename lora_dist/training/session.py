@@ -28,7 +28,7 @@ from lora_dist.parallel.ranks import check_same_on_all_ranks, from_rank_0, gathe
 from lora_dist.parallel.strategies import Launch, Strategy, read_launch, world_size
 from lora_dist.run.folder import RunFolder
 from lora_dist.run.resume import begin_or_resume
-from lora_dist.run.watchdog import Watchdog
+from lora_dist.run.watchdog import start_watchdog
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training.measures import peak_memory_bytes
 from lora_dist.training.plan import BasePlan, check_names, choose_precision, plan_base
@@ -95,7 +95,8 @@ def joined_run(
     try:
         check_same_on_all_ranks(what_must_be_the_same(config, launch, data))
         folder = _open_run_folder(accelerator, config, recipe, launch, data)
-        watchdog = Watchdog(folder, rank_timeout_s=config.rank_timeout_s, step_timeout_s=config.step_timeout_s)
+        timeouts = {"rank_timeout_s": config.rank_timeout_s, "step_timeout_s": config.step_timeout_s}
+        watchdog = start_watchdog(folder, **timeouts)
         yield accelerator, folder
         done = True
     except BaseException as error:

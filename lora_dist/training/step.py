@@ -24,7 +24,7 @@ from lora_dist.data.micro_batches import MicroBatch, MicroBatches, Prefetch, mod
 from lora_dist.data.packing import prepare_packing
 from lora_dist.errors import require
 from lora_dist.model.adapters import probe_logits, trainable_parameters
-from lora_dist.parallel.context import ContextParallel
+from lora_dist.parallel.context import ContextParallel, start_context_parallel
 from lora_dist.parallel.exact_sum import TreeSum, block, flatten_gradients, tree_reduce
 from lora_dist.parallel.fsdp import gather_wait_s, gathered_bytes, release
 from lora_dist.parallel.pipeline import (
@@ -96,7 +96,8 @@ def build_training(
     num_steps = config.max_steps or micro_batches.num_steps
     optimizer = build_optimizer(model, params, config)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_steps)
-    context = ContextParallel(model, placement.context_ranks) if placement.context_ranks > 1 else None
+    ranks = placement.context_ranks
+    context = start_context_parallel(model, ranks) if ranks > 1 else None
     pipeline = pipeline_of(model)
     zero2 = shard_optimizer(params, optimizer, placement.deepspeed) if placement.zero_stage == 2 else None
     share = data_share(accelerator, context, pipeline)

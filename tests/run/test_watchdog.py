@@ -64,7 +64,7 @@ def stalls(folder: RunFolder) -> None:
     sys.stderr = open(folder.root / "stderr", "w")
     watchdog.INTERVAL_S = 0.1
     watchdog.call_on_failure((folder.root / "told").write_text)
-    watchdog.Watchdog(folder, rank_timeout_s=5, step_timeout_s=1)
+    watchdog.start_watchdog(folder, rank_timeout_s=5, step_timeout_s=1)
     watchdog.report_progress(3, "micro-batch 1 of 4")
     function_of(PACKAGE / "training/step.py")(lambda: time.sleep(30))
 
