@@ -221,7 +221,7 @@ def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):
     model, probe = add_adapters(base, config), batch_of([[2, 5, 6, 7, 8]])
     folder = tmp_path / "adapter"
     save_adapter(model, load_tokenizer("embedded"), folder)
-    with pytest.raises(RunFailed, match="every lora_B is zero"):
+    with pytest.raises(RunFailed, match="every lora_B of the adapter is zero"):
         verify_adapter(model, folder, probe)
 
     weights = folder / "adapter_model.safetensors"
