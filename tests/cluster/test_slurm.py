@@ -98,6 +98,12 @@ print("rank:", os.uname().nodename, *(os.environ.get(key) for key in keys), lora
 """
 
 
+def held_and_total_mib(log: str) -> tuple[float, float]:
+    """MiB of the base on each rank and in total; the total depends on the precision."""
+    held, total = re.search(r"weights; ([\d.]+) MiB of ([\d.]+) MiB held per rank", log).groups()
+    return float(held), float(total)
+
+
 def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, tmp_path, undisturbed):
     """Two machines x 2 ranks, fsdp. The checkout changes meanwhile. Each rank sees both devices of its machine."""
     recipe = tmp_path / "my_recipe.py"
@@ -123,8 +129,8 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     assert job.steps() == list(range(1, STEPS + 1))
     assert f"continuing from {job.folder}/checkpoints/step-{saved:08d}" in job.log
     assert job.state | {"status": "completed", "restarts": 1, "wandb_run_id": wandb_run} == job.state
-    held, total = re.search(r"weights; ([\d.]+) MiB of ([\d.]+) MiB held per rank", job.log).groups()
-    assert float(held) == pytest.approx(float(total) / 4, abs=0.01)
+    held, total = held_and_total_mib(job.log)
+    assert held == pytest.approx(total / 4, abs=0.01)
     status = json.loads(cluster.run(f"{BIN}/lora-dist", "status", "--json", str(job.folder)).stdout)
     assert (status["status"], status["step"], status["job"]["JobState"]) == ("completed", STEPS, "COMPLETED")
 
@@ -198,7 +204,9 @@ def test_hybrid_sharding_under_accelerate_launch_goes_on_too(cluster, tmp_path, 
     job.until_step(3)
     cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
     assert job.end("COMPLETED")["Restarts"] == "1"
-    assert "strategy: hsdp" in job.log and "1.29 MiB of 2.58 MiB held per rank" in job.log
+    assert "strategy: hsdp" in job.log
+    held, total = held_and_total_mib(job.log)
+    assert held == pytest.approx(total / 2, abs=0.01)
     assert adapter(job.folder) == undisturbed(STEPS)
 
 
