@@ -15,8 +15,7 @@ from lora_dist.run.folder import RunFolder
 from lora_dist.tracking.charts import Chart, Series, draw, smoothed
 from lora_dist.tracking.metric_names import PARTS
 from lora_dist.tracking.record import RunRecord, rank_of
-from lora_dist.tracking.report_memory import memory_bars
-from lora_dist.tracking.report_samples import sample_cards, shorten
+from lora_dist.tracking.report_sections import memory_bars, sample_cards, shorten
 from lora_dist.units import count, duration, percent, size
 
 CURVES = (  # title, unit, (metric, name of the line) for each line

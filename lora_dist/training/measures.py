@@ -7,9 +7,9 @@ import resource
 import torch
 
 from lora_dist.model.adapters import parameter_counts
-from lora_dist.model.flops import peak_tflops, step_work
 from lora_dist.parallel.ranks import gather, gather_numbers
 from lora_dist.parallel.zero import is_partitioned
+from lora_dist.tracking.flops import peak_tflops, step_work
 from lora_dist.tracking.metric_names import MAX_RANKS_SHOWN
 from lora_dist.training.run import Run
 from lora_dist.training.step import StepResult

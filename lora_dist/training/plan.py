@@ -15,11 +15,11 @@ from lora_dist.data.tasks import TASKS, Task
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.model.adapters import check_targets
-from lora_dist.model.flops import BaseWork, base_work
 from lora_dist.model.load import load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.parallel.strategies import Launch, Placement, world_size
+from lora_dist.tracking.flops import BaseWork, base_work
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.rows import Rows
-from lora_dist.model.flops import BaseWork
 from lora_dist.model.memory import BaseBytes, Expected
 from lora_dist.parallel.strategies import Placement, Strategy
 from lora_dist.run.folder import RunFolder
+from lora_dist.tracking.flops import BaseWork
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training.step import StepResult, Training
 

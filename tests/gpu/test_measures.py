@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from lora_dist.model.flops import peak_tflops
 from lora_dist.run.folder import RunFolder
+from lora_dist.tracking.flops import peak_tflops
 from tests.helpers.ranks import start_rank
 
 pytestmark = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_dist.errors import UserError
-from lora_dist.model import load
+from lora_dist.model import loader_hooks
 from lora_dist.model.lazy_weights import open_weights
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
@@ -122,7 +122,7 @@ def test_a_bin_gives_the_bits_that_safetensors_give(checkpoint):
 
 def _storages_on_rank(rank, path):
     """(highest number of bytes in live tensors while the base loads, bytes held at the end)."""
-    highest, convert = 0, load.QuantizeRows.convert
+    highest, convert = 0, loader_hooks.QuantizeRows.convert
 
     def watched(self, *args, **kwargs):
         nonlocal highest
@@ -133,7 +133,7 @@ def _storages_on_rank(rank, path):
         highest = max(highest, sum(alive.values()))
         return converted
 
-    load.QuantizeRows.convert = watched
+    loader_hooks.QuantizeRows.convert = watched
     model = load_sharded("int8", torch.float16, path)
     return highest, base_bytes(model).held
 

@@ -11,7 +11,7 @@ from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.tracking.charts import MAX_DOTS, MAX_POINTS, Series, draw, smoothed, thin, tick_text, ticks
 from lora_dist.tracking.record import RunRecord
 from lora_dist.tracking.report import time_spent, write_comparison
-from lora_dist.tracking.report_memory import memory_bars
+from lora_dist.tracking.report_sections import memory_bars
 from lora_dist.units import duration, percent, size
 from tests.helpers.reported_runs import AGAIN, GIB, START, SUMMARY, another, make_folder, page, step_line
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from lora_dist.config import TrainConfig
 from lora_dist.embedded import EMBEDDED
 from lora_dist.model.adapters import trainable_parameters
-from lora_dist.model.flops import base_work, peak_tflops, step_work
 from lora_dist.model.load import meta_model
+from lora_dist.tracking.flops import base_work, peak_tflops, step_work
 from tests.helpers.families import make_checkpoint
 
 B, T = 2, 48
