@@ -1,4 +1,4 @@
-"""The calls of transformers' loader while it reads a base: quantize and shard on meta, then quantize each rank's rows."""
+"""Called by transformers' loader while it reads a base: quantize and shard on meta, then quantize each rank's rows."""
 
 import ctypes
 import re
