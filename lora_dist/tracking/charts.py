@@ -126,13 +126,13 @@ def _in_words(series: Series) -> str:
 
 
 def smoothed(points: Points) -> Points:
-    """Means over a window of a twentieth of the values, centred at each step; shorter towards both ends."""
+    """Means over a window of a twentieth of the values, centred at each step; at both ends, over the half there is."""
     reach = len(points) // 40
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     means = []
     for i, (step, _) in enumerate(points):
-        around = min(reach, i, len(points) - 1 - i)
-        means.append((step, (sums[i + around + 1] - sums[i - around]) / (2 * around + 1)))
+        first, end = max(0, i - reach), min(len(points), i + reach + 1)
+        means.append((step, (sums[end] - sums[first]) / (end - first)))
     return means
 
 
