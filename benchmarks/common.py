@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import start_processes
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
+TqdmDefaultWriteLock.mp_lock = None  # shared by all forks; one that is killed may hold it for good
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 # What `accelerate launch` puts into the environment for accelerate_configs/NAME.yaml.
 LAUNCHER_ENV = {

@@ -10,10 +10,14 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm.std import TqdmDefaultWriteLock  # noqa: E402
 
 from lora_dist.config import TrainConfig  # noqa: E402
 
 torch.set_num_threads(1)
+# tqdm's lock would be shared by all forks of this process: a rank that a test kills while it holds it would stop the
+# ranks of later tests for good. Without this part of it, each fork has a lock of its own.
+TqdmDefaultWriteLock.mp_lock = None
 
 
 @pytest.fixture
