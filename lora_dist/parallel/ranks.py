@@ -8,7 +8,6 @@ import datetime
 import os
 import socket
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 # Another node may have to tokenize what this one has in its cache. Once the ranks have met, silence is a fault.
 MEETING_TIMEOUT, COLLECTIVE_TIMEOUT = datetime.timedelta(days=1), datetime.timedelta(minutes=30)
-LEAVE_S = 0.2  # for gloo's threads, which need milliseconds
 
 
 def this_rank() -> int:
@@ -149,10 +147,6 @@ def _meet_after_restart(on_gpu: bool) -> None:
 
 
 def leave_ranks() -> None:
-    """Leave the process group, and give gloo's threads a moment to release the tensors of the last collective.
-
-    If Python shuts down before that, such a thread may end the process with SIGABRT.
-    """
+    """Leave the process group. Without that, gloo's threads may end a Python that shuts down with SIGABRT."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(LEAVE_S)
