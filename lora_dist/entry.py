@@ -28,13 +28,12 @@ def run_recipe(
     """
     install_handlers()
     stop_with_launcher()
-    from lora_dist.flags import parse_config, parse_recipe_config  # imports transformers
+    from lora_dist.flags import parse_recipe_config  # imports transformers
 
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
 
     def work() -> None:
-        parse_config(defaults, argv, description=description)  # answers a typo before torch is imported
-        main(parse_recipe_config(defaults, argv, gpu=gpu, embedded=embedded, on_gpu=has_gpu()))
+        main(parse_recipe_config(defaults, argv, gpu=gpu, embedded=embedded, on_gpu=has_gpu, description=description))
 
     end_process(work)
 

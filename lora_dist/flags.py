@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -151,16 +152,23 @@ def parse_config(
 
 
 def parse_recipe_config(
-    defaults: TrainConfig, argv: list[str], *, gpu: dict, embedded: dict, on_gpu: bool, description: str = ""
+    defaults: TrainConfig,
+    argv: list[str],
+    *,
+    gpu: dict,
+    embedded: dict,
+    on_gpu: Callable[[], bool],
+    description: str = "",
 ) -> TrainConfig:
     """`parse_config`, plus the recipe's base and data for this machine if no flag names them. Raises UserError.
 
     `gpu` and `embedded` are the settings for a machine with a GPU and for one without. Each names a base and a data
     set. Its `dataset_...` settings become the defaults whenever its data set is used, and its other settings whenever
     its base is used, even if a flag named them. A flag always wins over these defaults.
+    `on_gpu()` is asked after the flags have been checked, because it may import torch.
     """
     asked = parse_config(defaults, argv, description=description)
-    chosen, fitting = gpu if on_gpu else embedded, {}
+    chosen, fitting = gpu if on_gpu() else embedded, {}
     for name in ("model_name_or_path", "dataset_name"):
         value = getattr(asked, name) or chosen[name]
         for known in (gpu, embedded):

@@ -15,7 +15,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
 def parse(recipe: str, *flags: str, on_gpu: bool = False) -> TrainConfig:
     module = load_recipe(ROOT / f"recipes/{recipe}.py")
-    return parse_recipe_config(module.CONFIG, list(flags), gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=on_gpu)
+    return parse_recipe_config(
+        module.CONFIG, list(flags), gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=lambda: on_gpu
+    )
 
 
 def refusal(*flags: str) -> str:

@@ -60,8 +60,9 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
     """Check what can be checked without torch, data or model. Raises UserError."""
     path = find_recipe(recipe)
     module = load_recipe(path)
-    on_gpu = bool(options.gpus_per_node)
-    config = parse_recipe_config(module.CONFIG, flags, gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=on_gpu)
+    config = parse_recipe_config(
+        module.CONFIG, flags, gpu=module.GPU, embedded=module.EMBEDDED, on_gpu=lambda: options.gpus_per_node > 0
+    )
     name = f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     root = Path(config.output_dir or f"runs/{name}").absolute()
     require(not set(str(root)) & set(" \t\n%"), "output_dir", root, "must have no spaces or % for Slurm")
