@@ -3,9 +3,11 @@
 They are written under a temporary name and renamed at the end. A manifest, written last, declares a folder complete.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -19,6 +21,28 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def remove_ours(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Delete the files of a folder that we wrote, then the folders left empty. Returns what was left: files of others.
+
+    This is the only function of the package that deletes a folder. `patterns` match the paths, relative to the folder,
+    of what we write there (fnmatch; `*` matches "/" too). A symbolic link is never followed; one that matches is
+    removed itself. A `folder` that is a link is left alone. Raises OSError.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder] if os.path.lexists(folder) else []
+    patterns, left = tuple(patterns), []
+    for parent, folders, files in os.walk(folder, topdown=False):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for path in (Path(parent, name) for name in (*files, *links)):
+            if any(fnmatch.fnmatchcase(str(path.relative_to(folder)), pattern) for pattern in patterns):
+                path.unlink()
+            else:
+                left.append(path)
+        if not os.listdir(parent):
+            os.rmdir(parent)
+    return left
 
 
 def sync_files(folder: Path) -> None:
