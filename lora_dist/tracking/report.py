@@ -28,9 +28,9 @@ CURVES = (  # title, unit, (metric, name of the line) for each line
      (("train/mean_token_accuracy", "training"), ("eval/mean_token_accuracy", "held-out"))),
     ("Model FLOP utilisation", "fraction of peak", (("perf/mfu", "MFU"),)),
 )  # fmt: skip
-COMPARED_CURVES = (  # title, unit, metric
-    ("Training loss", "nats per token", "train/loss"),
-    ("Held-out loss", "nats per token", "eval/loss"),
+COMPARED_CURVES = (  # title, unit (None: the loss's own), metric
+    ("Training loss", None, "train/loss"),
+    ("Held-out loss", None, "eval/loss"),
     ("Throughput, all ranks, padding not counted", "tokens/s", "perf/tokens_per_second"),
     ("Learning rate", "", "train/learning_rate"),
     ("Gradient norm before clipping", "", "train/grad_norm"),
@@ -75,7 +75,7 @@ def render_comparison(records: list[RunRecord]) -> str:
     charts = []
     for title, unit, metric in COMPARED_CURVES:
         lines = [Series(names[i], record.series(metric), style=i) for i, record in enumerate(records)]
-        charts.append(draw(title, unit, lines))
+        charts.append(draw(title, _loss_unit(records) if unit is None else unit, lines))
     results = [[names[i], record.state.get("status", ""), *results_of(record)] for i, record in enumerate(records)]
     return _template("comparison").render(
         name="Comparison of " + ", ".join(names), run_names=names, results=results,
@@ -122,10 +122,16 @@ def _loss_charts(record: RunRecord, restart_steps: list[int]) -> list[Chart]:
         Series("held-out", record.series("eval/loss"), as_dots=True, style=1),
     ]
     charts = [
-        draw("Loss", "nats per token", series, restarts=restart_steps, **chart_size)
+        draw("Loss", _loss_unit([record]), series, restarts=restart_steps, **chart_size)
         for chart_size in (WIDE_CHART, {"height": 240})
     ]
     return [chart for chart in charts if chart]
+
+
+def _loss_unit(records: list[RunRecord]) -> str:
+    """What a loss is a mean over: tokens; of a classifier of whole rows, rows or decisions."""
+    tasks = {record.config.get("task_type") for record in records}
+    return "nats" if len(tasks) > 1 else "nats per row or class" if tasks == {"SEQ_CLS"} else "nats per token"
 
 
 def _curve(record: RunRecord, title: str, unit: str, lines: Iterable, restart_steps: list[int]) -> Chart | None:
@@ -151,6 +157,14 @@ def key_figures(record: RunRecord) -> list[tuple[str, str]]:
     if first is not None:
         found.append((f"{first:.3f} → {last:.3f}", "training loss, first to last step"))
     found += _held_out_figures(record)
+    for name in summary:  # the recipe's scores, for example F1, without and with the adapter
+        if f"{name}_base" in summary:
+            found.append(
+                (
+                    f"{summary[f'{name}_base']:.3f} → {summary[name]:.3f}",
+                    f"{name.replace('_', ' ')}, base to base + adapter",
+                )
+            )
     if summary.get("tokens_per_second"):
         found.append((f"{summary['tokens_per_second']:,.0f}", "tokens per second, all ranks, padding not counted"))
     if summary.get("base_bytes_total") and summary.get("base_bytes_per_rank"):

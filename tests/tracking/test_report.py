@@ -29,6 +29,15 @@ def test_the_figures_are_those_of_the_files(folder):
     assert "step 10 of 10" in text and "fsdp on 2 ranks" in text and "1 restart<" in text
 
 
+def test_a_recipes_scores_are_shown_and_a_classifiers_loss_has_its_own_unit(folder):
+    assert "nats per token" in page(folder) and "macro f1" not in page(folder)
+    folder.write_state("completed", 10, SUMMARY | {"macro_f1_base": 0.25, "macro_f1": 0.75})
+    folder.config.write_text(folder.config.read_text().replace("task_type: CAUSAL_LM", "task_type: SEQ_CLS"))
+    text = page(folder)
+    assert "<b>0.250 → 0.750</b>" in text and "macro f1, base to base + adapter" in text
+    assert "nats per row or class" in text and "nats per token" not in text
+
+
 def test_text_of_users_is_text(folder):
     text = page(folder)
     assert "Two &lt;things&gt;" in text and "after &lt;b&gt;all&lt;/b&gt;" in text and "are &amp; were" in text
