@@ -136,6 +136,10 @@ def _add_generate(commands) -> None:
         "--adapter", required=True, metavar="DIR", help="adapter in PEFT's format, e.g. the adapter/ of a run folder"
     )
     command.add_argument("--max_new_tokens", type=int, default=48, help="stop after this many tokens (default: 48)")
+    command.add_argument(
+        "--bare", action="store_true",
+        help="do not put the prompt into the tokenizer's chat template, which is done for adapters trained on chats",
+    )  # fmt: skip
     command.add_argument("--json", action="store_true", help="print {prompt, completion} as JSON")
 
 

@@ -30,21 +30,40 @@ def generate(args) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from lora_dist.data.formats import encode_prompt
-
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoPeftModelForCausalLM.from_pretrained(
         folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt_BT = torch.tensor([encode_prompt(tokenizer, args.prompt)], device=device)
+    prompt, as_chat = _prompt_tokens(tokenizer, args.prompt, folder, bare=args.bare)
+    prompt_BT = torch.tensor([prompt], device=device)
     out = model.generate(
         input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=args.max_new_tokens,
         do_sample=False, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    completion = tokenizer.decode(out[0], skip_special_tokens=True)
+    completion = tokenizer.decode(out[0, len(prompt) if as_chat else 0 :], skip_special_tokens=True)
     print(json.dumps({"prompt": args.prompt, "completion": completion}) if args.json else completion)
+
+
+def _prompt_tokens(tokenizer, prompt: str, adapter: Path, *, bare: bool) -> tuple[list[int], bool]:
+    """Token ids of the prompt, and whether it was put into the chat template as a user's message.
+
+    It is, unless `bare`, if the tokenizer has a template and the run did not train on rows of another format than
+    chats. The state.json of the run is looked for beside the adapter and above its checkpoint.
+    """
+    from lora_dist.boundary import boundary, read_json
+    from lora_dist.data.formats import encode_prompt
+
+    runs = [run for run in (adapter.parent, *adapter.absolute().parents[2:3]) if (run / "state.json").is_file()]
+    facts = read_json(runs[0] / "state.json", f"{runs[0]}/state.json").get("facts") if runs else None
+    rows = facts.get("format") if isinstance(facts, dict) else None
+    if bare or not tokenizer.chat_template or rows not in (None, "messages"):
+        return encode_prompt(tokenizer, prompt), False
+    print("note: the prompt is sent through the tokenizer's chat template; --bare leaves it out", file=sys.stderr)
+    with boundary(f"--adapter {adapter}", "its chat template cannot be used; give --bare"):
+        message = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False), True
 
 
 def doctor(args) -> None:

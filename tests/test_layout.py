@@ -11,11 +11,12 @@ from lora_dist.parallel.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 # A package imports only itself and what stands before it here. Modules of the top level come first, the commands last.
-TOP = ["errors", "boundary", "units", "signals", "config", "environment", "flags", "entry", "files", "seeds", "embedded"]
+TOP = ["errors", "boundary", "units", "signals", "config", "environment", "flags", "entry", "files", "seeds",
+       "embedded"]  # fmt: skip
 PACKAGES = ["data", "parallel", "model", "run", "tracking", "training", "cluster"]
 ORDER = [*TOP, *PACKAGES, "commands", "cli"]
-WITHOUT_TORCH = ("errors", "boundary", "signals", "config", "flags", "entry", "embedded/__init__", "parallel/deepspeed_config",
-                 "parallel/strategies", "cluster/slurm", "cluster/status")  # fmt: skip
+WITHOUT_TORCH = ("errors", "boundary", "signals", "config", "flags", "entry", "embedded/__init__",
+                 "parallel/deepspeed_config", "parallel/strategies", "cluster/slurm", "cluster/status")  # fmt: skip
 
 
 def imports(path: Path) -> list[str]:

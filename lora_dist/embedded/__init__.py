@@ -13,8 +13,13 @@ EMBEDDED_COMPLAINTS = "embedded/complaints"
 
 
 def model_path(name: str) -> str:
-    """The directory or hub name that the value of --model_name_or_path stands for."""
-    return str(BASE_DIR) if name == EMBEDDED else name
+    """The directory or hub name that the value of --model_name_or_path stands for.
+
+    A directory is absolute: an adapter records it as its base, and may be loaded from another working directory.
+    """
+    if name == EMBEDDED:
+        return str(BASE_DIR)
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def dataset_dir(name: str) -> Path | None:

@@ -134,6 +134,7 @@ def _open_run_folder(
         "micro_batches_per_step": config.gradient_accumulation_steps * world_size(),
         "mixed_precision": config.mixed_precision,
         "rows": data.fingerprint(),
+        "format": data.format,
     }
     # Groups of ranks that compute different micro-batches. In a pipeline every rank takes part in all of them.
     num_groups = 1 if launch.strategy.engine == "pipeline" else world_size() // config.context_parallel_size
