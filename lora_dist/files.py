@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_dist.boundary import read_json
+from lora_dist.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -91,12 +94,28 @@ def is_complete(folder: Path, checksums_of: slice = slice(None)) -> bool:
     The sizes of all files are compared. Checksums are compared for the files in this slice of the manifest only, so
     that the ranks can divide the reading.
     """
+    files = read_manifest(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text())
-        sizes_fit = bool(files) and all(
-            (folder / name).stat().st_size == entry["bytes"] for name, entry in files.items()
-        )
+        sizes_fit = bool(files) and all((folder / name).stat().st_size == size_of(e) for name, e in files.items())
         checked = list(files.items())[checksums_of]
         return sizes_fit and all(describe_file(folder / name) == entry for name, entry in checked)
-    except (OSError, ValueError):
+    except OSError:
         return False
+
+
+def size_of(entry: object) -> object:
+    """The size in an entry of a manifest, of which anything may be left."""
+    return entry.get("bytes") if isinstance(entry, dict) else None
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """The entries of a folder's manifest by relative path; {} if there is none, or none of ours.
+
+    A manifest that names a file outside the folder is not ours.
+    """
+    try:
+        files = read_json(folder / MANIFEST, MANIFEST)
+    except UserError:
+        return {}
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
+    return files if inside else {}

@@ -6,6 +6,7 @@ ranks. Its lower half, job_body.sh, is the same in every job and in launch/slurm
 
 import dataclasses
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -144,11 +145,12 @@ class Job:
 def render(job: Job) -> str:
     """The sbatch file of a job. A pure function: the same job gives the same text."""
     options = job.options
-    container = [f"--container-image={options.container_image}"] if options.container_image else []
+    container = [f"--container-image={shlex.quote(options.container_image)}"] if options.container_image else []
     if container:
-        mounts = ",".join(filter(None, ["$run:$run", "$PWD:$PWD", options.container_mounts]))
-        container += [f'"--container-mounts={mounts}"', '"--container-workdir=$PWD"']
-    interface = options.network_interface
+        more = f",{options.container_mounts}" if options.container_mounts else ""
+        mounts = '"--container-mounts=$run:$run,$PWD:$PWD"' + (shlex.quote(more) if more else "")
+        container += [mounts, '"--container-workdir=$PWD"']
+    interface = options.network_interface and shlex.quote(options.network_interface)
     interface_lines = [f"export NCCL_SOCKET_IFNAME={interface} GLOO_SOCKET_IFNAME={interface}"] if interface else []
     body = Path(__file__).with_name("job_body.sh").read_text(encoding="utf-8")
     return "\n".join([
@@ -159,7 +161,7 @@ def render(job: Job) -> str:
         _ON_SIGNAL,
         *job.prologue,
         f"run={job.run}  # the run folder",
-        f"logs={job.logs.replace('%j', '$SLURM_JOB_ID')}  # %n: number of the node; node 0's log is also the job's",
+        f"logs={_logs_in_bash(job.logs)}  # %n: number of the node; node 0's log is also the job's",
         f"python={job.python}",
         f"recipe=({job.recipe})",
         f"ranks_per_node={job.ranks_per_node or options.num_local_ranks}",
@@ -176,6 +178,11 @@ def render(job: Job) -> str:
     ])  # fmt: skip
 
 
+def _logs_in_bash(logs: str) -> str:
+    """The path of the logs, quoted except for the job's id."""
+    return "$SLURM_JOB_ID".join(shlex.quote(part) if part else "" for part in logs.split("%j"))
+
+
 def _comment(text: str) -> str:
     """One comment line: the second line of a prompt with a line break would be run as bash."""
     return f"# {' '.join(text.splitlines())}"
@@ -187,10 +194,10 @@ def render_prepare(job: Job) -> str:
     return "\n".join([
         "#!/bin/bash",
         _comment(job.about),
-        f"#SBATCH --job-name={job.name}-prepare",
+        f"#SBATCH --{_directive('job-name', f'{job.name}-prepare')}",
         "#SBATCH --ntasks=1",
         *(f"#SBATCH --{line}" for line in _given(options, "partition", "account", "qos")),
-        f"#SBATCH --output={job.logs.replace('node%n', 'prepare')}",
+        f"#SBATCH --{_directive('output', job.logs.replace('node%n', 'prepare'))}",
         "",
         f"run={job.run}",
         f"python={job.python}",
@@ -205,7 +212,16 @@ def render_prepare(job: Job) -> str:
 
 def _given(options: SlurmOptions, *names: str) -> list[str]:
     """NAME=VALUE of these options, without those that have no value."""
-    return [f"{name}={getattr(options, name)}" for name in names if getattr(options, name)]
+    return [_directive(name, getattr(options, name)) for name in names if getattr(options, name)]
+
+
+def _directive(name: str, value: str) -> str:
+    """NAME=VALUE as sbatch reads it in the head of a file. Raises UserError if the file could not hold it.
+
+    A line break would end the comment: the rest of the value would be run as bash.
+    """
+    _require(value.isprintable() and '"' not in value, name, repr(value), "must not hold quotes or control characters")
+    return f'{name}="{value}"' if re.search(r"[\s#\\']", value) else f"{name}={value}"
 
 
 def _directives(job: Job) -> list[str]:
@@ -213,13 +229,13 @@ def _directives(job: Job) -> list[str]:
     options = job.options
     tasks = options.num_local_ranks if options.launcher == "srun" else 1
     return [
-        f"job-name={job.name}",
+        _directive("job-name", job.name),
         f"nodes={options.nodes}",
         f"ntasks-per-node={tasks}",
         *([f"gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []),
         *_given(options, "time", "partition", "account", "qos", "constraint", "mem"),
-        *options.sbatch,
-        f"output={job.logs.replace('%n', '0')}",
+        *(_directive(*pair.split("=", 1)) for pair in options.sbatch),
+        _directive("output", job.logs.replace("%n", "0")),
         "open-mode=append",  # a requeued job appends to the same file
         "requeue",
         f"signal=B:USR1@{options.grace}",

@@ -95,6 +95,7 @@ def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
     `offline`: everything that the job needs from the hub is downloaded already.
     """
     folder, partial = submission.folder, submission.folder.partial_name(submission.folder.job)
+    folder.refuse_files_of_others()
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.logs.mkdir(exist_ok=True)
@@ -153,7 +154,7 @@ def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
     python = options.python or ("python" if options.container_image else sys.executable)
     return Job(
         name=folder.root.name, options=options, run=shlex.quote(str(folder.root)),
-        recipe=f'"$run/job/code/recipes/{submission.recipe.name}" --config "$run/job/config.yaml"',
+        recipe=f'"$run/job/code/recipes/"{shlex.quote(submission.recipe.name)} --config "$run/job/config.yaml"',
         logs=f"{folder.logs}/%j-node%n.log", python=shlex.quote(python), about=command, lines=tuple(lines),
     )  # fmt: skip
 
@@ -168,7 +169,6 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
     if earlier := open_job(folder):
         job_id, state = earlier
         raise UserError(f"--output_dir {folder.root}: job {job_id} of this run is {state}; scancel {job_id} first")
-    existed = folder.root.exists()
     script = write_job(submission, command, offline=prepare != "no")
     submitted = {"submitted": round(time.time()), "command": command}
     try:
@@ -181,9 +181,7 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
             dependency = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
         submitted["job_id"] = slurm.submit(script, *dependency)
     except UserError:
-        shutil.rmtree(folder.job)
-        if not existed:
-            shutil.rmtree(folder.root)
+        folder.drop_job()
         raise
     submitted["log"] = str(folder.logs / f"{submitted['job_id']}-node0.log")
     write_whole(folder.job / "submitted.json", json.dumps(submitted, indent=2) + "\n")

@@ -3,26 +3,64 @@
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import json
 import os
-import shutil
+import re
+import sys
 import time
+from glob import escape
 from pathlib import Path
 
 import yaml
 
+from lora_dist.boundary import boundary, read_json
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
-from lora_dist.files import MANIFEST, is_complete, sync, write_whole
+from lora_dist.files import MANIFEST, files_of, is_complete, read_manifest, remove_ours, sync, write_whole
 
 STEP = "train/global_step"  # optimizer steps completed; in each line of metrics.jsonl and samples.jsonl
 STATUSES = ("running", "completed", "preempted", "failed")
+# What the folder of a run that has no state.json yet may hold: the files of `lora-dist submit`, and what a start left
+# behind that was killed before it wrote state.json.
+BEFORE_STATE = frozenset({"job", "logs", "wandb", ".lock", ".starts"})
+LEFT_BY_A_KILL = frozenset({"config.yaml", "config.yaml.partial", "state.json.partial"})
+CHECKPOINT_NAME = re.compile(r"step-\d{8}")
+LEFTOVER_NAME = re.compile(r"step-\d{8}\.(partial|removed)")
+ADAPTER_FILES = (  # that PEFT, transformers and the model card write
+    "adapter_config.json", "adapter_model.safetensors*", "README.md", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model", "*.partial",
+)  # fmt: skip
+JOB_FILES = (
+    "code/*",
+    "config.yaml",
+    "accelerate.yaml",
+    "accelerate.env",
+    "deepspeed.json",
+    "*.sbatch",
+    "submitted.json",
+)
+CHECKPOINT_FILES = ("adapter/*", "optimizer.safetensors", "training_state.json*", f"{MANIFEST}*")  # without a manifest
 LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still hold the lock
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
     """Write all settings as YAML that `--config` reads back. Raises OSError."""
     write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def read_training_state(checkpoint: Path) -> dict:
+    """The content of a checkpoint's training_state.json. Raises UserError if it is not what a run wrote."""
+    what = f"{checkpoint}/training_state.json"
+    state = read_json(checkpoint / "training_state.json", what)
+    groups = {"progress", "facts", "config", "numerics"}
+    fits = groups <= {name for name, value in state.items() if isinstance(value, dict)}
+    step = state["progress"].get("step") if fits else None
+    if not isinstance(step, int) or f"step-{step:08d}" != checkpoint.name:
+        raise UserError(
+            f"{what}: does not hold the state of this checkpoint; remove the checkpoint to use an earlier one"
+        )
+    return state
 
 
 class RunFolder:
@@ -64,8 +102,9 @@ class RunFolder:
         """Create the folder and keep other runs out of it until this process ends.
 
         It is the kernel's lock on an open file: it ends with its process, so there is never a stale lock to recognise.
-        Raises UserError if another process holds it.
+        Raises UserError if another process holds it, or if the folder holds files that are not a run's.
         """
+        self.refuse_files_of_others()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -80,6 +119,21 @@ class RunFolder:
             os.pwrite(self._lock, f"process {os.getpid()} on {os.uname().nodename}{job}".encode(), 0)
         except OSError as error:
             raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
+
+    def refuse_files_of_others(self) -> None:
+        """Raises UserError, before anything is written, unless the folder is absent, empty, or that of a run."""
+        what = f"--output_dir {self.root}"
+        with boundary(what, "give another folder"):
+            if os.path.lexists(self.root) and not self.root.is_dir():
+                raise UserError(f"{what}: is not a folder; give another name")
+            found = set(os.listdir(self.root)) if self.root.exists() else set()
+        begun = LEFT_BY_A_KILL if ".lock" in found else frozenset()
+        others = sorted(found - BEFORE_STATE - begun)
+        if others and self.state.name not in found:
+            names = ", ".join(others[:3])
+            raise UserError(
+                f"{what}: holds files that no run of lora-dist wrote ({names}); give an empty or new folder"
+            )
 
     def _try_lock(self) -> bool:
         try:
@@ -113,16 +167,18 @@ class RunFolder:
         write_whole(self.state, json.dumps(state, indent=2) + "\n")
 
     def read_state(self) -> dict:
-        return json.loads(self.state.read_text(encoding="utf-8"))
+        """The content of state.json. Raises UserError if it is not a JSON object."""
+        return read_json(self.state, str(self.state))
 
     @staticmethod
     def read_lines(path: Path) -> list[dict]:
-        """The lines of a .jsonl file; [] if there is no file. Lines that a kill or a full disk cut off are left out."""
+        """The objects in a .jsonl file; [] if there is no file. Lines cut off, or that hold no object, are left out."""
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-            with contextlib.suppress(ValueError):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for line in text.splitlines(keepends=True):
+            with contextlib.suppress(ValueError, RecursionError):
                 found += [json.loads(line)] if line.endswith("\n") else []
-        return found
+        return [line for line in found if isinstance(line, dict)]
 
     def read_metrics(self) -> list[dict]:
         return self.read_lines(self.metrics)
@@ -156,15 +212,19 @@ class RunFolder:
 
     def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
         """Set the status to "failed", at the step that was last saved. Does nothing if that cannot be written."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             self.write_state("failed", self.read_state()["step"], {"error": why}, rank_lost=rank_lost)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_checkpoints(self) -> list[Path]:
-        """All checkpoints, oldest first, damaged ones included."""
-        return sorted(path for path in self.checkpoints.glob("step-*") if path.suffix == "")
+        """All checkpoints, oldest first, damaged ones included. A copy that a user made has another name."""
+        return self._folders_named(CHECKPOINT_NAME)
+
+    def _folders_named(self, pattern: re.Pattern) -> list[Path]:
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
+        return sorted(p for p in found if pattern.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """(the newest checkpoint whose files match its manifest, the newer ones that are damaged or incomplete)."""
@@ -182,20 +242,33 @@ class RunFolder:
             if best_step is None or path != self.checkpoint(best_step):
                 self.remove(path)
 
-    @staticmethod
-    def mark_damaged(checkpoint: Path) -> None:
+    def mark_damaged(self, checkpoint: Path) -> None:
         """Rename a damaged checkpoint to NAME.damaged, so that it is not used but can still be examined."""
         damaged = checkpoint.with_suffix(".damaged")
-        shutil.rmtree(damaged, ignore_errors=True)
+        self._delete(damaged)
         checkpoint.rename(damaged)
 
-    @staticmethod
-    def remove(folder: Path) -> None:
+    def remove(self, folder: Path) -> None:
         """Remove a folder. It is renamed first, so that an interrupted removal never looks like a complete folder."""
         removed = folder.with_suffix(".removed")
-        shutil.rmtree(removed, ignore_errors=True)
+        self._delete(removed)
         folder.rename(removed)
-        shutil.rmtree(removed)
+        self._delete(removed)
+
+    @staticmethod
+    def _delete(folder: Path) -> None:
+        """Delete our files in a checkpoint, adapter or job folder. Files of others stay, and a line says so."""
+        written = read_manifest(folder)
+        names = [*map(escape, written), MANIFEST] if written else [*CHECKPOINT_FILES, *ADAPTER_FILES, *JOB_FILES]
+        if left := remove_ours(folder, names):
+            print(f"warning: {folder}: kept {left[0].name}, which no run of lora-dist wrote", file=sys.stderr)
+
+    def drop_job(self) -> None:
+        """Remove the files of a job that was not submitted, and the folders that are empty then."""
+        self._delete(self.job)
+        for path in (self.logs, self.root):
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
     @staticmethod
     def partial_name(folder: Path) -> Path:
@@ -204,32 +277,50 @@ class RunFolder:
     def make_partial(self, folder: Path) -> Path:
         """Create the empty folder in which the content of `folder` is written, for `put_in_place`."""
         path = self.partial_name(folder)
-        shutil.rmtree(path, ignore_errors=True)
+        self._delete(path)
         path.mkdir(parents=True)
         return path
 
+    def drop_partial(self, partial: Path) -> None:
+        """Delete what could not be written whole."""
+        with contextlib.suppress(OSError):
+            self._delete(partial)
+
     def put_in_place(self, partial: Path, folder: Path) -> None:
-        """Rename a partial folder to its final name; an older or damaged folder of that name is removed."""
+        """Rename a partial folder to its final name. From an older folder of that name, files of others move along."""
+        removed = folder.with_suffix(".removed")
         if folder.exists():
-            self.remove(folder)
+            self._delete(removed)
+            folder.rename(removed)
         partial.rename(folder)
+        for path in files_of(removed):
+            kept = folder / path.relative_to(removed)
+            name = str(path.relative_to(removed))
+            ours = any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in (*ADAPTER_FILES, *JOB_FILES, *CHECKPOINT_FILES)
+            )
+            if not ours and not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(kept)
+        self._delete(removed)
         sync(folder.parent)
 
     def clear_leftovers(self) -> None:
         """Remove what saves and removals left behind that a kill interrupted."""
-        for path in [*self.checkpoints.glob("*.partial"), *self.checkpoints.glob("*.removed")]:
-            shutil.rmtree(path)
+        for path in self._folders_named(LEFTOVER_NAME):
+            self._delete(path)
 
     def trim_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Remove lines after `step`, and a last line that was cut off: this start takes those steps again.
 
         The evaluation at `step` itself is removed too if the checkpoint was written before it (not `evaluated`).
         """
-        self.last_logged_step = max((line[STEP] for line in self.read_metrics()), default=-1)
+        steps = [line.get(STEP) for line in self.read_metrics()]
+        self.last_logged_step = max((step for step in steps if isinstance(step, int)), default=-1)
         for path, key in ((self.metrics, STEP), (self.samples, STEP), (self.bad_steps, "step")):
             if path.exists():
                 evaluation = "" if evaluated else "eval/loss" if path == self.metrics else "completion"
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 write_whole(path, "".join(line for line in lines if _is_kept(line, key, step, evaluation)))
 
 
@@ -238,6 +329,10 @@ def _is_kept(line: str, step_key: str, step: int, evaluation_key: str) -> bool:
     try:
         values = json.loads(line)
         line_step = values[step_key]
-        return line.endswith("\n") and (line_step < step or (line_step == step and evaluation_key not in values))
-    except (ValueError, KeyError):
+        return (
+            isinstance(line_step, int)
+            and line.endswith("\n")
+            and (line_step < step or (line_step == step and evaluation_key not in values))
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -2,16 +2,14 @@
 
 import dataclasses
 import datetime
-import json
 import os
 from pathlib import Path
 
-import yaml
-
+from lora_dist.boundary import boundary, read_yaml_settings
 from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from lora_dist.errors import NothingToDo, UserError, require
 from lora_dist.files import is_complete
-from lora_dist.run.folder import RunFolder
+from lora_dist.run.folder import CHECKPOINT_NAME, STATUSES, RunFolder, read_training_state
 
 # Prefixes of the settings that decide which rows there are. If one of them changed, it is named instead of the rows.
 ROW_SETTINGS = (
@@ -56,7 +54,7 @@ def _begin(folder: RunFolder, config: TrainConfig, facts: dict, num_groups: int,
     """Begin a run in an empty folder, from another run's checkpoint if one was requested. Returns lines to print."""
     folder.facts, notes = facts, []
     if checkpoint:
-        state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
+        state = read_training_state(checkpoint)
         folder.resume_from = checkpoint
         folder.facts, notes = _check_changes(
             f"--resume_from_checkpoint {checkpoint}", state["config"], state["facts"], config, facts, num_groups
@@ -96,12 +94,27 @@ def _resume(folder: RunFolder, config: TrainConfig, facts: dict, num_groups: int
 
 def _read_run(folder: RunFolder) -> tuple[dict, dict]:
     """(state.json, config.yaml) of the run that the folder holds. Raises UserError if one cannot be read."""
-    try:
-        return folder.read_state(), yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        what = f"--output_dir {folder.root}: holds a run that cannot be read ({why})"
-        raise UserError(f"{what}; remove it, or give another folder") from None
+    what = f"--output_dir {folder.root}: holds a run that cannot be read"
+    with boundary(what, "give another folder"):
+        state = folder.read_state()
+        settings = read_yaml_settings(folder.config, f"{what}: {folder.config.name}")
+        _check_state(state)
+        missing = {"gradient_accumulation_steps", "mixed_precision"} - settings.keys()
+        if missing:
+            raise ValueError(f"{folder.config.name} lacks {' '.join(sorted(missing))}")
+    return state, settings
+
+
+def _check_state(state: dict) -> None:
+    """Raises ValueError unless a state.json holds what a start that continues the run needs."""
+    facts = state.get("facts")
+    fits = isinstance(facts, dict) and state.get("status") in STATUSES
+    counts = [state.get("step"), state.get("restarts")]
+    counts += [facts.get("num_ranks"), facts.get("micro_batches_per_step")] if fits else []
+    fits = fits and all(isinstance(number, int) and 0 <= number < 2**53 for number in counts)
+    fits = fits and {"mixed_precision", "rows"} <= facts.keys() and isinstance(state.get("summary") or {}, dict)
+    if not fits or not isinstance(facts.get("from"), str | None) or "wandb_run_id" not in state:
+        raise ValueError("state.json does not hold the state of a run")
 
 
 def _check_request(requested: Path, folder: RunFolder, newest: Path | None, parent: str | None) -> None:
@@ -133,8 +146,7 @@ def _prepare_files(folder: RunFolder, config: TrainConfig, damaged: list[Path]) 
 
 def _knows_evaluation(checkpoint: Path, step: int) -> bool:
     """True if the checkpoint was written after the evaluation at its step. Otherwise the evaluation is repeated."""
-    state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
-    return state["progress"]["eval_step"] == step
+    return read_training_state(checkpoint)["progress"].get("eval_step") == step
 
 
 def _find_checkpoint(path: Path) -> Path:
@@ -145,7 +157,7 @@ def _find_checkpoint(path: Path) -> Path:
         if newest is None:
             raise UserError(f"{setting}: holds no complete checkpoint{f', {len(damaged)} damaged' if damaged else ''}")
         return newest
-    if not path.name.startswith("step-") or not path.is_dir():
+    if not CHECKPOINT_NAME.fullmatch(path.name) or not path.is_dir():
         raise UserError(f"{setting}: no such checkpoint; give auto, none, a run folder or its checkpoints/step-N")
     if not is_complete(path):
         raise UserError(f"{setting}: is damaged or incomplete: its files do not match its manifest")
@@ -179,8 +191,8 @@ def _changes(old_settings: dict, old_facts: dict, config: TrainConfig, facts: di
     """Name of each setting that changed and may not change freely -> the change in words."""
     now = dataclasses.asdict(config) | {"mixed_precision": facts["mixed_precision"]}
     old = old_settings | {"mixed_precision": old_facts["mixed_precision"]}
-    changed = [name for name in now if name not in FREE_ON_RESUME and old[name] != now[name]]
-    changes = {name: f"{name} was {old[name]}, is now {now[name]}" for name in changed}
+    changed = [name for name in now if name not in FREE_ON_RESUME and old.get(name, "not recorded") != now[name]]
+    changes = {name: f"{name} was {old.get(name, 'not recorded')}, is now {now[name]}" for name in changed}
     if facts["rows"] != old_facts["rows"] and not any(name.startswith(ROW_SETTINGS) for name in changed):
         changes["dataset_name"] = f"dataset_name {config.dataset_name} has other rows now"
     if facts["micro_batches_per_step"] == old_facts["micro_batches_per_step"]:

@@ -157,14 +157,10 @@ def key_figures(record: RunRecord) -> list[tuple[str, str]]:
     if first is not None:
         found.append((f"{first:.3f} → {last:.3f}", "training loss, first to last step"))
     found += _held_out_figures(record)
-    for name in summary:  # the recipe's scores, for example F1, without and with the adapter
-        if f"{name}_base" in summary:
-            found.append(
-                (
-                    f"{summary[f'{name}_base']:.3f} → {summary[name]:.3f}",
-                    f"{name.replace('_', ' ')}, base to base + adapter",
-                )
-            )
+    for name, value in summary.items():  # the recipe's scores, for example F1, without and with the adapter
+        base = None if name == "eval_loss" else summary.get(f"{name}_base")
+        if isinstance(base, float) and isinstance(value, float):
+            found.append((f"{base:.3f} → {value:.3f}", f"{name.replace('_', ' ')}, base to base + adapter"))
     if summary.get("tokens_per_second"):
         found.append((f"{summary['tokens_per_second']:,.0f}", "tokens per second, all ranks, padding not counted"))
     if summary.get("base_bytes_total") and summary.get("base_bytes_per_rank"):

@@ -10,24 +10,26 @@ No random state is saved, because every draw depends on the seed, the step and t
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora_dist.boundary import boundary
 from lora_dist.environment import numerics, versions
-from lora_dist.errors import RunFailed
+from lora_dist.errors import RunFailed, UserError
 from lora_dist.files import sync_files, write_manifest, write_whole
 from lora_dist.model.adapters import check_identical, save_adapter, trainable_parameters
 from lora_dist.parallel.ranks import any_rank, copy_from_rank_0, from_rank_0
 from lora_dist.parallel.zero import load_zero2_state, zero2_state
+from lora_dist.run.folder import read_training_state
 from lora_dist.training.run import Progress, Run
 
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
@@ -106,33 +108,78 @@ def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
         write_manifest(partial)
         run.folder.put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
-        shutil.rmtree(partial, ignore_errors=True)
+        run.folder.drop_partial(partial)
         raise OSError(f"{folder}: {error}") from None
 
 
 def restore(run: Run) -> None:
     """Load the checkpoint that the run continues from: adapter, optimizer, learning rate, loss scaler and progress.
 
-    Rank 0 reads it and sends it to the others. Raises RuntimeError unless every rank ends up with exactly the adapter
-    that was saved. Collective.
+    Rank 0 reads it and sends it to the others. Raises UserError if it does not fit the run, and RuntimeError unless
+    every rank ends up with exactly the adapter that was saved. Collective.
     """
-    state, optimizer = None, {}
+    saved = _Saved({}, {}, {}, None)
     if run.is_main:
-        folder = run.folder.resume_from
-        state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-        set_peft_model_state_dict(run.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        optimizer = load_file(folder / "optimizer.safetensors")
+        try:
+            saved = _read_checkpoint(run)
+        except UserError as error:
+            saved = _Saved({}, {}, {}, error)
+    state, has_optimizer, error = from_rank_0((saved.state, bool(saved.optimizer), saved.error))
+    if error:
+        raise error
+    if run.is_main:
+        set_peft_model_state_dict(run.model, saved.adapter)
         _warn_of_other_numerics(state["numerics"], numerics(_attention(run)))
-    state, has_optimizer = from_rank_0((state, bool(optimizer)))
     for param in run.training.params:
         copy_from_rank_0(param.data)
-    _restore_optimizer(run, optimizer, has_state=has_optimizer)
+    _restore_optimizer(run, saved.optimizer, has_state=has_optimizer)
     if check_identical(run.model) != state["adapter_sha256"]:
         raise RuntimeError(f"{run.folder.resume_from}: the adapter that was loaded differs from the one that was saved")
     if state["loss_scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
     run.progress = Progress(**state["progress"])
     set_schedule(run, run.progress.step)
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds; the tensors on rank 0 only. Or the error that it cannot be used."""
+
+    state: dict
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    error: UserError | None
+
+
+def _read_checkpoint(run: Run) -> _Saved:
+    """Read the checkpoint, and compare names, shapes and types of all tensors with those of the run. Rank 0 only.
+
+    Raises UserError if they differ: a moment of another shape could be broadcast into place without an error.
+    """
+    folder = run.folder.resume_from
+    state = read_training_state(folder)
+    with boundary(f"{folder}", "remove this checkpoint to continue from an earlier one"):
+        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        optimizer = load_file(folder / "optimizer.safetensors")
+        Progress(**state["progress"])
+        _compare("adapter", adapter, get_peft_model_state_dict(run.model, save_embedding_layers=False))
+        moments = {
+            f"{key}.{name}": torch.empty((), dtype=torch.float32) if key == "step" else param
+            for name, param in trainable_parameters(run.model).items()
+            for key in OPTIMIZER_KEYS
+        }
+        if optimizer:
+            _compare("optimizer", optimizer, moments)
+    return _Saved(state, adapter, optimizer, None)
+
+
+def _compare(what: str, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless both hold tensors of the same names, shapes and types."""
+    if others := sorted(saved.keys() ^ expected.keys()):
+        raise ValueError(f"the {what} lacks, or has besides the run's own, {' '.join(others[:3])}")
+    for name, tensor in expected.items():
+        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
+            then, now = (f"{t.dtype} {tuple(t.shape)}" for t in (saved[name], tensor))
+            raise ValueError(f"{name} of the {what} is {then}, and the run needs {now}")
 
 
 def _restore_optimizer(run: Run, saved: dict[str, torch.Tensor], *, has_state: bool) -> None:

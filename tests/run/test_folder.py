@@ -29,7 +29,12 @@ def run(config, tmp_path, monkeypatch):
 def add_checkpoint(folder: RunFolder, step: int, config: TrainConfig):
     path = folder.checkpoint(step)
     path.mkdir(parents=True)
-    state = {"config": dataclasses.asdict(config), "facts": FACTS, "progress": {"step": step, "eval_step": None}}
+    state = {
+        "config": dataclasses.asdict(config),
+        "facts": FACTS,
+        "progress": {"step": step, "eval_step": None},
+        "numerics": {},
+    }
     (path / "training_state.json").write_text(json.dumps(state))
     (path / "optimizer.safetensors").write_bytes(b"moments")
     write_manifest(path)
