@@ -3,6 +3,7 @@
 They are written under a temporary name and renamed at the end. A manifest, written last, declares a folder complete.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_dist.boundary import read_json
+from lora_dist.boundary import boundary, read_json
 from lora_dist.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -95,20 +96,16 @@ def is_complete(folder: Path, checksums_of: slice = slice(None)) -> bool:
     that the ranks can divide the reading.
     """
     files = read_manifest(folder)
-    try:
-        sizes_fit = bool(files) and all((folder / name).stat().st_size == size_of(e) for name, e in files.items())
+    with contextlib.suppress(UserError), boundary(str(folder)):
+        if not all((folder / name).is_file() for name in files):  # opening a pipe would wait for ever
+            return False
+        sizes_fit = bool(files) and all((folder / name).stat().st_size == e["bytes"] for name, e in files.items())
         checked = list(files.items())[checksums_of]
         return sizes_fit and all(describe_file(folder / name) == entry for name, entry in checked)
-    except OSError:
-        return False
+    return False
 
 
-def size_of(entry: object) -> object:
-    """The size in an entry of a manifest, of which anything may be left."""
-    return entry.get("bytes") if isinstance(entry, dict) else None
-
-
-def read_manifest(folder: Path) -> dict[str, object]:
+def read_manifest(folder: Path) -> dict[str, dict]:
     """The entries of a folder's manifest by relative path; {} if there is none, or none of ours.
 
     A manifest that names a file outside the folder is not ours.
@@ -118,4 +115,4 @@ def read_manifest(folder: Path) -> dict[str, object]:
     except UserError:
         return {}
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
-    return files if inside else {}
+    return files if inside and all(isinstance(entry, dict) for entry in files.values()) else {}

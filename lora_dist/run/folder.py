@@ -3,13 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
-import fnmatch
 import json
 import os
 import re
-import sys
 import time
-from glob import escape
 from pathlib import Path
 
 import yaml
@@ -17,30 +14,11 @@ import yaml
 from lora_dist.boundary import boundary, read_json
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
-from lora_dist.files import MANIFEST, files_of, is_complete, read_manifest, remove_ours, sync, write_whole
+from lora_dist.files import MANIFEST, is_complete, sync, write_whole
+from lora_dist.run import ours
 
 STEP = "train/global_step"  # optimizer steps completed; in each line of metrics.jsonl and samples.jsonl
 STATUSES = ("running", "completed", "preempted", "failed")
-# What the folder of a run that has no state.json yet may hold: the files of `lora-dist submit`, and what a start left
-# behind that was killed before it wrote state.json.
-BEFORE_STATE = frozenset({"job", "logs", "wandb", ".lock", ".starts"})
-LEFT_BY_A_KILL = frozenset({"config.yaml", "config.yaml.partial", "state.json.partial"})
-CHECKPOINT_NAME = re.compile(r"step-\d{8}")
-LEFTOVER_NAME = re.compile(r"step-\d{8}\.(partial|removed)")
-ADAPTER_FILES = (  # that PEFT, transformers and the model card write
-    "adapter_config.json", "adapter_model.safetensors*", "README.md", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model", "*.partial",
-)  # fmt: skip
-JOB_FILES = (
-    "code/*",
-    "config.yaml",
-    "accelerate.yaml",
-    "accelerate.env",
-    "deepspeed.json",
-    "*.sbatch",
-    "submitted.json",
-)
-CHECKPOINT_FILES = ("adapter/*", "optimizer.safetensors", "training_state.json*", f"{MANIFEST}*")  # without a manifest
 LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still hold the lock
 
 
@@ -86,6 +64,7 @@ class RunFolder:
         # Facts fixed when the run first started, kept across restarts: num_ranks, micro_batches_per_step,
         # mixed_precision, rows (a hash of the data); and `from`, the checkpoint of another run that it continues.
         self.facts: dict = {}
+        self._lock: int | None = None  # file descriptor
         self.resume_from: Path | None = None  # the checkpoint that this start continues from
         self.previous: dict | None = None  # status and error of the start before this one
         self.last_logged_step = -1  # in metrics.jsonl, when this start found it
@@ -105,50 +84,41 @@ class RunFolder:
         Raises UserError if another process holds it, or if the folder holds files that are not a run's.
         """
         self.refuse_files_of_others()
-        try:
+        with boundary(f"--output_dir {self.root}: cannot be written", "give another folder"):
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
             deadline = time.monotonic() + LOCK_PATIENCE_S
             while not self._try_lock():
                 if time.monotonic() > deadline:
-                    holder = os.pread(self._lock, 200, 0).decode()
+                    holder = os.pread(self._lock, 200, 0).decode(errors="replace")
                     raise UserError(f"--output_dir {self.root}: is in use by {holder}; give another folder")
                 time.sleep(0.2)
             os.truncate(self._lock, 0)
             job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
             os.pwrite(self._lock, f"process {os.getpid()} on {os.uname().nodename}{job}".encode(), 0)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
 
     def refuse_files_of_others(self) -> None:
         """Raises UserError, before anything is written, unless the folder is absent, empty, or that of a run."""
-        what = f"--output_dir {self.root}"
-        with boundary(what, "give another folder"):
-            if os.path.lexists(self.root) and not self.root.is_dir():
-                raise UserError(f"{what}: is not a folder; give another name")
-            found = set(os.listdir(self.root)) if self.root.exists() else set()
-        begun = LEFT_BY_A_KILL if ".lock" in found else frozenset()
-        others = sorted(found - BEFORE_STATE - begun)
-        if others and self.state.name not in found:
-            names = ", ".join(others[:3])
-            raise UserError(
-                f"{what}: holds files that no run of lora-dist wrote ({names}); give an empty or new folder"
-            )
+        ours.refuse_files_of_others(self.root)
 
     def _try_lock(self) -> bool:
+        """True if this process holds the lock now. A start that is refused deletes its lock file: then open another."""
+        if self._lock is not None and os.fstat(self._lock).st_nlink == 0:
+            os.close(self._lock)
+            self._lock = None
+        if self._lock is None:
+            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._lock = os.open(self.root / ".lock", flags, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
         except BlockingIOError:
             return False
+        return os.fstat(self._lock).st_nlink > 0
 
     def begin(self, config: TrainConfig) -> None:
-        """Write config.yaml and the first state.json. Raises UserError."""
-        try:
+        """Write the first state.json, and config.yaml. Raises UserError."""
+        with boundary(f"--output_dir {self.root}: cannot be written"):
+            self.write_state("running", 0)  # the first file, because it says that the folder is a run's
             self.write_config(config)
-            self.write_state("running", 0)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.root}: cannot be written: {error.strerror}") from None
 
     def write_config(self, config: TrainConfig) -> None:
         write_config(self.config, config)
@@ -220,11 +190,11 @@ class RunFolder:
 
     def saved_checkpoints(self) -> list[Path]:
         """All checkpoints, oldest first, damaged ones included. A copy that a user made has another name."""
-        return self._folders_named(CHECKPOINT_NAME)
+        return self._folders_named(ours.CHECKPOINT_NAME)
 
     def _folders_named(self, pattern: re.Pattern) -> list[Path]:
         found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
-        return sorted(p for p in found if pattern.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+        return sorted(p for p in found if pattern.fullmatch(p.name) and p.is_dir())
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """(the newest checkpoint whose files match its manifest, the newer ones that are damaged or incomplete)."""
@@ -240,35 +210,21 @@ class RunFolder:
         whole = [path for path in self.saved_checkpoints() if (path / MANIFEST).exists()]
         for path in whole[:-keep]:
             if best_step is None or path != self.checkpoint(best_step):
-                self.remove(path)
-
-    def mark_damaged(self, checkpoint: Path) -> None:
-        """Rename a damaged checkpoint to NAME.damaged, so that it is not used but can still be examined."""
-        damaged = checkpoint.with_suffix(".damaged")
-        self._delete(damaged)
-        checkpoint.rename(damaged)
-
-    def remove(self, folder: Path) -> None:
-        """Remove a folder. It is renamed first, so that an interrupted removal never looks like a complete folder."""
-        removed = folder.with_suffix(".removed")
-        self._delete(removed)
-        folder.rename(removed)
-        self._delete(removed)
+                ours.remove(path)
 
     @staticmethod
-    def _delete(folder: Path) -> None:
-        """Delete our files in a checkpoint, adapter or job folder. Files of others stay, and a line says so."""
-        written = read_manifest(folder)
-        names = [*map(escape, written), MANIFEST] if written else [*CHECKPOINT_FILES, *ADAPTER_FILES, *JOB_FILES]
-        if left := remove_ours(folder, names):
-            print(f"warning: {folder}: kept {left[0].name}, which no run of lora-dist wrote", file=sys.stderr)
+    def mark_damaged(checkpoint: Path) -> None:
+        """Rename a damaged checkpoint to NAME.damaged, so that it is not used but can still be examined."""
+        damaged = checkpoint.with_suffix(".damaged")
+        if os.path.lexists(damaged):
+            ours.remove(damaged)
+        checkpoint.rename(damaged)
 
     def drop_job(self) -> None:
         """Remove the files of a job that was not submitted, and the folders that are empty then."""
-        self._delete(self.job)
+        ours.clear(self.job)
         for path in (self.logs, self.root):
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+            ours.remove_if_empty(path)
 
     @staticmethod
     def partial_name(folder: Path) -> Path:
@@ -277,38 +233,27 @@ class RunFolder:
     def make_partial(self, folder: Path) -> Path:
         """Create the empty folder in which the content of `folder` is written, for `put_in_place`."""
         path = self.partial_name(folder)
-        self._delete(path)
+        if os.path.lexists(path):
+            ours.remove(path)
         path.mkdir(parents=True)
         return path
 
-    def drop_partial(self, partial: Path) -> None:
+    @staticmethod
+    def drop_partial(partial: Path) -> None:
         """Delete what could not be written whole."""
         with contextlib.suppress(OSError):
-            self._delete(partial)
+            ours.clear(partial)
 
-    def put_in_place(self, partial: Path, folder: Path) -> None:
+    @staticmethod
+    def put_in_place(partial: Path, folder: Path) -> None:
         """Rename a partial folder to its final name. From an older folder of that name, files of others move along."""
-        removed = folder.with_suffix(".removed")
-        if folder.exists():
-            self._delete(removed)
-            folder.rename(removed)
-        partial.rename(folder)
-        for path in files_of(removed):
-            kept = folder / path.relative_to(removed)
-            name = str(path.relative_to(removed))
-            ours = any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in (*ADAPTER_FILES, *JOB_FILES, *CHECKPOINT_FILES)
-            )
-            if not ours and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(kept)
-        self._delete(removed)
+        ours.put_in_place(partial, folder)
         sync(folder.parent)
 
     def clear_leftovers(self) -> None:
         """Remove what saves and removals left behind that a kill interrupted."""
-        for path in self._folders_named(LEFTOVER_NAME):
-            self._delete(path)
+        for path in self._folders_named(ours.LEFTOVER_NAME):
+            ours.clear(path)
 
     def trim_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Remove lines after `step`, and a last line that was cut off: this start takes those steps again.

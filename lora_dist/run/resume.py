@@ -9,7 +9,8 @@ from lora_dist.boundary import boundary, read_yaml_settings
 from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from lora_dist.errors import NothingToDo, UserError, require
 from lora_dist.files import is_complete
-from lora_dist.run.folder import CHECKPOINT_NAME, STATUSES, RunFolder, read_training_state
+from lora_dist.run.folder import STATUSES, RunFolder, read_training_state
+from lora_dist.run.ours import CHECKPOINT_NAME
 
 # Prefixes of the settings that decide which rows there are. If one of them changed, it is named instead of the rows.
 ROW_SETTINGS = (

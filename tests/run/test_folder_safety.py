@@ -1,95 +1,177 @@
-"""A run writes and deletes only what runs wrote, and reads a run folder of any content in one line."""
+"""A run folder's safety: we write and delete only what is ours."""
 
 import json
+import os
 
 import pytest
 
 from lora_dist.errors import UserError
-from lora_dist.files import write_manifest
+from lora_dist.files import MANIFEST, is_complete, write_manifest
 from lora_dist.run.folder import RunFolder, read_training_state
+from lora_dist.run.ours import remove
+from lora_dist.run.resume import begin_or_resume
 from lora_dist.training.checkpoint import _compare
 
+FACTS = {"num_ranks": 1, "micro_batches_per_step": 8, "mixed_precision": "no", "rows": "abc"}
 
-def checkpoint(folder: RunFolder, step: int):
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def write(root, *names: str, text: str = "precious") -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def contents(root) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else b"" for p in sorted(root.rglob("*"))}
+
+
+def add_checkpoint(folder: RunFolder, step: int):
     path = folder.checkpoint(step)
-    (path / "adapter").mkdir(parents=True)
-    (path / "adapter/adapter_model.safetensors").touch()
-    (path / "optimizer.safetensors").touch()
+    write(path, "adapter/adapter_model.safetensors", "adapter/unheard.vocab", "training_state.json", text="ours")
     write_manifest(path)
     return path
 
 
-@pytest.mark.parametrize("name", ["adapter", "config.yaml", "report.html", "notes.txt", ".git", "metrics.jsonl"])
-def test_a_folder_with_files_of_others_is_refused_untouched(tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"holds files that no run of lora-dist wrote \\({name}\\); give an empty"):
-        RunFolder(tmp_path).lock()
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "adapter/notes.txt", "report.html", "metrics.jsonl", "photo.jpg", ".hidden", "job.txt"]
+)
+def test_a_folder_with_files_of_others_is_refused_and_untouched(folder, config, name):
+    write(folder.root, name)
+    before = contents(folder.root)
+    with pytest.raises(UserError, match="holds files that no run of lora-dist wrote .*give an empty or new folder"):
+        folder.lock()
+    assert contents(folder.root) == before
 
 
-@pytest.mark.parametrize("names", [[], ["job", "logs"], [".lock", "config.yaml"], [".lock", ".starts", "wandb"],
-                                   ["state.json", "notes.txt"]])  # fmt: skip
-def test_a_folder_of_a_run_or_of_its_job_is_used(tmp_path, names):
+@pytest.mark.parametrize(
+    "names", [(), ("job/job.sbatch", "logs/1-node0.log"), ("train.log", "slurm-3.out"), (".lock",)]
+)
+def test_logs_and_a_job_may_be_there_before_a_run(folder, names):
+    folder.root.mkdir()
+    write(folder.root, *names, text="")
+    folder.lock()
+
+
+def test_a_file_a_dangling_link_and_a_path_below_a_file_are_refused(folder, tmp_path):
+    folder.root.write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for root in (folder.root, tmp_path / "link", folder.root / "below", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="^--output_dir "):
+            RunFolder(root).lock()
+    assert folder.root.read_text() == "mine"
+
+
+def test_the_lock_does_not_follow_a_link(folder, tmp_path):
+    write(tmp_path, "mine")
+    folder.root.mkdir()
+    (folder.root / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="^--output_dir "):
+        folder.lock()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_copies_beside_checkpoints_are_neither_read_nor_deleted(folder):
+    for step in (2, 4, 6):
+        add_checkpoint(folder, step)
+    names = ("step-00000002-mine", "step-00000002.bak", "step-2", "step-000000021", "step-note.partial", "x.removed")
     for name in names:
-        (tmp_path / name).touch()
-    RunFolder(tmp_path).refuse_files_of_others()
-
-
-def test_a_file_or_a_link_to_nothing_in_the_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "absent")
-    for name in ("file", "link"):
-        with pytest.raises(UserError, match="is not a folder"):
-            RunFolder(tmp_path / name).lock()
-
-
-def test_copies_that_a_user_made_are_neither_read_nor_pruned_nor_cleared(tmp_path):
-    folder = RunFolder(tmp_path)
-    ours = [checkpoint(folder, step) for step in (1, 2, 3)]
-    users = [
-        checkpoint(folder, 1).rename(folder.checkpoints / name)
-        for name in ("step-00000001-mine", "step-backup", "step-00000001.old", "x.partial", "step-1", "my.removed")
-        if not folder.checkpoint(1).exists() or folder.remove(folder.checkpoint(1)) is None
-    ]
-    ours[0] = checkpoint(folder, 1)
-    (folder.checkpoints / "step-note").write_text("a note")
-    assert folder.saved_checkpoints() == ours
-    folder.prune_checkpoints(1, None)
+        write(folder.checkpoints / name, MANIFEST, "adapter/adapter_model.safetensors")
+    write(folder.checkpoints, "step-note", "step-00000009")
+    kept = contents(folder.checkpoints)
     folder.clear_leftovers()
-    assert folder.saved_checkpoints() == ours[2:]
-    assert all((path / "optimizer.safetensors").exists() for path in users) and len(users) == 6
-    assert (folder.checkpoints / "step-note").read_text() == "a note"
+    folder.prune_checkpoints(1, best_step=None)
+    assert folder.newest_whole_checkpoint() == (folder.checkpoint(6), [])
+    gone = kept.keys() - contents(folder.checkpoints).keys()
+    assert gone and all(name.startswith(("step-00000002/", "step-00000004/")) or "/" not in name for name in gone)
+    assert {name for name in gone if "/" not in name} == {"step-00000002", "step-00000004"}
 
 
-def test_a_users_file_in_a_checkpoint_or_adapter_survives(tmp_path, capsys):
-    folder = RunFolder(tmp_path)
-    path = checkpoint(folder, 1)
-    (path / "notes.txt").write_text("mine")
-    folder.remove(path)
-    assert (path.with_suffix(".removed") / "notes.txt").read_text() == "mine" and not path.exists()
-    assert "kept notes.txt" in capsys.readouterr().err
-    folder.adapter.mkdir()
-    for name in ("notes.txt", "adapter_config.json", "chat_template.jinja"):
-        (folder.adapter / name).write_text("old")
-    partial = folder.make_partial(folder.adapter)
-    (partial / "adapter_config.json").write_text("new")
-    folder.put_in_place(partial, folder.adapter)
-    assert {p.name: p.read_text() for p in folder.adapter.iterdir()} == {
-        "adapter_config.json": "new", "notes.txt": "old",
+def test_a_file_of_others_in_our_checkpoint_is_kept_with_one_warning(folder, capsys):
+    for step in (2, 4):
+        write(add_checkpoint(folder, step), "notes.txt")
+    folder.prune_checkpoints(1, best_step=None)
+    removed = folder.checkpoints / "step-00000002.removed"
+    assert contents(removed) == {"notes.txt": b"precious"}
+    assert capsys.readouterr().err == f"warning: {removed}: kept, because no run wrote 'notes.txt'\n"
+    folder.clear_leftovers()
+    assert contents(removed) == {"notes.txt": b"precious"} and not capsys.readouterr().err
+
+
+def test_a_file_of_others_moves_along_when_a_folder_is_replaced(folder):
+    write(folder.adapter, "README.md", "notes.txt", "more/photo.jpg", "adapter_config.json", text="old")
+    for text in ("first", "second"):
+        write(folder.make_partial(folder.adapter), "README.md", text=text)
+        folder.put_in_place(folder.partial_name(folder.adapter), folder.adapter)
+    assert contents(folder.root) == {
+        "adapter": b"", "adapter/README.md": b"second", "adapter/notes.txt": b"old", "adapter/more": b"",
+        "adapter/more/photo.jpg": b"old",
     }  # fmt: skip
-    assert not folder.adapter.with_suffix(".removed").exists()
 
 
-@pytest.mark.parametrize("manifest", ['["a"]', '{"a": {}}', '{"a": 3}', "null", '{"../users.txt": {"bytes": 0}}',
-                                      '{"/etc/hostname": {}}', "[" * 100_000, "\x00"])  # fmt: skip
-def test_a_manifest_of_any_content_is_a_damaged_checkpoint(tmp_path, manifest):
-    folder = RunFolder(tmp_path)
-    path = checkpoint(folder, 1)
-    (folder.checkpoints / "users.txt").touch()
-    (path / "manifest.json").write_text(manifest)
+def test_what_is_removed_twice_keeps_both_files_of_others(folder):
+    for text in ("first", "second"):
+        write(folder.adapter, "adapter_config.json", "README.md", text="ours")
+        write(folder.adapter, "notes.txt", text=text)
+        remove(folder.adapter)
+    assert contents(folder.root) == {
+        "adapter.removed": b"", "adapter.removed/notes.txt": b"first",
+        "adapter.removed-2": b"", "adapter.removed-2/notes.txt": b"second",
+    }  # fmt: skip
+
+
+def test_a_file_in_place_of_our_folder_is_set_aside(folder):
+    write(folder.checkpoints, "step-00000004", "step-00000004.partial")
+    folder.put_in_place(folder.make_partial(folder.checkpoint(4)), folder.checkpoint(4))
+    assert sorted(contents(folder.checkpoints).values()) == [b"", b"precious", b"precious"]
+
+
+def test_leftovers_of_a_kill_lose_only_what_is_ours(folder):
+    write(folder.checkpoints / "step-00000004.partial", "optimizer.safetensors", "adapter/tokenizer.json", "notes.txt")
+    write(folder.checkpoints / "step-00000002.removed-2", "training_state.json")
+    folder.clear_leftovers()
+    assert contents(folder.checkpoints).keys() == {"step-00000004.partial", "step-00000004.partial/notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "null", "3", '["a"]', '{"a": {}}', '{"a": 1}', "[" * 100_000, '{"a\\u0000": {"bytes": 1}}', "\0\xff", "{}",
+     "folder", "pipe", "outside", "up", "entry is a pipe"],
+)  # fmt: skip
+def test_any_manifest_is_whole_or_damaged(folder, tmp_path, manifest):
+    path = add_checkpoint(folder, 2)
+    write(tmp_path, "secret")
+    text = (path / MANIFEST).read_text()
+    (path / MANIFEST).unlink()
+    if manifest == "folder":
+        (path / MANIFEST).mkdir()
+    elif manifest == "pipe":
+        os.mkfifo(path / MANIFEST)
+    elif manifest in ("outside", "up"):
+        name = str(tmp_path / "secret") if manifest == "outside" else "../../../secret"
+        (path / MANIFEST).write_text(text.replace("training_state.json", name))
+    elif manifest == "entry is a pipe":
+        (path / MANIFEST).write_text(text)
+        (path / "training_state.json").unlink()
+        os.mkfifo(path / "training_state.json")
+    else:
+        (path / MANIFEST).write_text(manifest)
+    assert not is_complete(path)
     assert folder.newest_whole_checkpoint() == (None, [path])
-    folder.remove(path)
-    assert not path.exists() and (folder.checkpoints / "users.txt").exists()
+    folder.mark_damaged(path)
+    assert (tmp_path / "secret").read_text() == "precious"
+
+
+def test_a_run_that_was_killed_before_its_state_can_begin(folder, config):
+    write(folder.root, ".lock", "state.json.partial", text="")
+    config = type(config)(**{**config.__dict__, "output_dir": str(folder.root)})
+    begun, _ = begin_or_resume(config, "opt_quotes", dict(FACTS), 1)
+    assert begun.state.exists()
 
 
 @pytest.mark.parametrize("text", ["3\n", "null\n", "[]\n", '{"a": 1}\n', "\x00\xff\n", "[" * 100_000 + "\n",
@@ -105,7 +187,7 @@ def test_lines_of_any_content_are_left_out(tmp_path, text):
 @pytest.mark.parametrize("state", ["[]", "{}", '{"progress": 1}', '{"progress": {"step": -1}}',
                                    '{"progress": {"step": 2}, "facts": {}, "config": {}, "numerics": {}}'])  # fmt: skip
 def test_the_state_of_another_step_or_shape_is_refused(tmp_path, state):
-    path = checkpoint(RunFolder(tmp_path), 1)
+    path = add_checkpoint(RunFolder(tmp_path), 1)
     (path / "training_state.json").write_text(state)
     with pytest.raises(UserError, match=r"training_state\.json"):
         read_training_state(path)
