@@ -6,11 +6,15 @@ recipe and its flags. Edit the upper half of a file, or give sbatch other option
 
 from pathlib import Path
 
+from lora_dist.cluster.shell import Bash, assign
 from lora_dist.cluster.slurm import Job, SlurmOptions, render
 
-RECIPE = '"${@:-recipes/opt_quotes.py}"'
-GPUS = {"ranks_per_node": "$SLURM_GPUS_ON_NODE"}  # so `sbatch --gpus-per-node=4 ...` changes the number of ranks too
-OFFLINE = "# export HF_HUB_OFFLINE=1  # if nodes have no internet: first run the recipe with --prepare_only true"
+RECIPE = Bash('"${@:-recipes/opt_quotes.py}"')
+OUTPUT = ("--output_dir", Bash('"$run"'))
+GPUS = {
+    "ranks_per_node": Bash("$SLURM_GPUS_ON_NODE")
+}  # so `sbatch --gpus-per-node=4 ...` changes the number of ranks too
+OFFLINE = Bash("# export HF_HUB_OFFLINE=1  # if nodes have no internet: first run the recipe with --prepare_only true")
 
 
 def script(name: str, about: str, config: str, options: SlurmOptions, **overrides) -> Job:
@@ -18,10 +22,10 @@ def script(name: str, about: str, config: str, options: SlurmOptions, **override
 
     `overrides` replace fields of the job.
     """
-    launch = f"accelerate_config=accelerate_configs/{config}.yaml accelerate_flags=()"
+    launch = assign(accelerate_config=f"accelerate_configs/{config}.yaml", accelerate_flags=())
     return Job(**{
-        "name": name, "options": options, "run": "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID",
-        "recipe": f'{RECIPE} --output_dir "$run"', "logs": "slurm-%x-%j-node%n.log", "python": "python", "about": about,
+        "name": name, "options": options, "run": Bash("runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"),
+        "recipe": (RECIPE, *OUTPUT), "logs": "slurm-%x-%j-node%n.log", "python": "python", "about": about,
         "lines": (launch, OFFLINE), **overrides,
     })  # fmt: skip
 
@@ -43,17 +47,17 @@ SCRIPTS = {
         "sweep", "A job array over learning rates. To compare its runs: lora-dist status runs/sweep-JOB/*",
         "fsdp", options(gpus_per_node=8, sbatch=["array=0-3"]), **GPUS,
         prologue=(
-            "rates=(5e-5 1e-4 2e-4 4e-4)  # one per task of the array",
-            "rate=${rates[$SLURM_ARRAY_TASK_ID]}",
+            Bash("rates=(5e-5 1e-4 2e-4 4e-4)  # one per task of the array"),
+            Bash("rate=${rates[$SLURM_ARRAY_TASK_ID]}"),
         ),
-        run="runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/lr-$rate",
-        recipe=f'{RECIPE} --learning_rate "$rate" --output_dir "$run"',
+        run=Bash("runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/lr-$rate"),
+        recipe=(RECIPE, "--learning_rate", Bash('"$rate"'), *OUTPUT),
     ),
     "smoke": script(
         "smoke", "Two CPU ranks, the embedded base, four steps: tests whether this cluster can run lora-dist.",
         "fsdp", options(ranks_per_node=2, time="10"),
-        recipe=f'{RECIPE} --model_name_or_path embedded --dataset_name embedded --max_steps 4 --warmup_steps 2 '
-        '--output_dir "$run"',
+        recipe=(RECIPE, *"--model_name_or_path embedded --dataset_name embedded --max_steps 4 --warmup_steps 2".split(),
+                *OUTPUT),
     ),
 }  # fmt: skip
 

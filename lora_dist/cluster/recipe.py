@@ -25,6 +25,8 @@ def find_config_file(config_file: str) -> Path:
 
 
 def _find(setting: str, kind: str, asked: str, folder: str, suffix: str) -> Path:
+    if not asked.isprintable():
+        raise UserError(f"{setting} {ascii(asked)}: the name must be printable characters")
     path = Path(asked)
     ships = {file.stem: file for file in sorted(shipped(folder).glob(f"*{suffix}"))}
     names = " ".join(ships)

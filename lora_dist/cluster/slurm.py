@@ -6,12 +6,12 @@ ranks. Its lower half, job_body.sh, is the same in every job and in launch/slurm
 
 import dataclasses
 import re
-import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_dist.cluster.shell import Bash, assign, code_of_user, comment, directive, quote, text_of
 from lora_dist.config import setting
 from lora_dist.errors import UserError, require
 
@@ -19,8 +19,16 @@ RANK_LAUNCHERS = ("srun", "accelerate")
 # Options of sbatch that `lora-dist submit` sets itself; --sbatch KEY=VALUE may not set them.
 RESERVED_KEYS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "output", "error", "open-mode", "signal",
                  "requeue")  # fmt: skip
+BOUNDS = {  # of the counts: least and most; Slurm keeps the seconds of --grace in 16 bits
+    "nodes": (1, 100_000), "gpus_per_node": (0, 1_000), "ranks_per_node": (0, 10_000), "grace": (1, 65_535),
+    "max_requeues": (0, 1_000_000),
+}  # fmt: skip
+# The lower half of every job file. It is ours, so it is Bash.
+BODY = Bash(Path(__file__).with_name("job_body.sh").read_text(encoding="utf-8").rstrip())
 TIME_LIMIT = re.compile(
-    r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+))"
+    r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+))".replace(
+        r"\d+", "[0-9]{1,9}"
+    )
 )
 
 
@@ -56,6 +64,7 @@ class SlurmOptions:
     preflight: str = setting("true", "Check ranks, devices and links before each start of the training: true or false.")
 
     def __post_init__(self):
+        self._check_printable()
         self._check_counts()
         self._check_choices()
         self._check_time_and_memory()
@@ -64,10 +73,10 @@ class SlurmOptions:
         self._check_words()
 
     def _check_counts(self) -> None:
-        for name in ("nodes", "grace"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be 1 or more")
-        for name in ("gpus_per_node", "max_requeues"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            _require(value is None or value >= least, name, value, f"must be {least} or more")
+            _require(value is None or value <= most, name, value, f"must be {most} or less")
         why = "must be 1 or more; or give --gpus-per-node, then one rank runs on each GPU"
         _require(self.num_local_ranks >= 1, "ranks_per_node", self.num_local_ranks, why)
 
@@ -78,16 +87,28 @@ class SlurmOptions:
     def _check_time_and_memory(self) -> None:
         if self.mem is not None:
             why = "must be a number and K, M, G or T, e.g. 500G"
-            _require(re.fullmatch(r"\d+[KMGT]?", self.mem), "mem", self.mem, why)
+            _require(re.fullmatch(r"[0-9]{1,15}[KMGT]?", self.mem), "mem", self.mem, why)
         if self.time is not None:
             why = f"must be at least twice --grace {self.grace} s; give more time, or a shorter --grace"
             _require(seconds(self.time) >= 2 * self.grace, "time", self.time, why)
 
+    def _check_printable(self) -> None:
+        """A line break would begin another line of the job file."""
+        for name in FLAGS:
+            value = getattr(self, name)
+            valid = not isinstance(value, str) or value.isprintable()
+            _require(valid, name, ascii(value), "must be printable characters in one line")
+
     def _check_words(self) -> None:
         for name in FLAGS:
             value = getattr(self, name)
-            if isinstance(value, str) and name != "container_mounts":
-                _require(value and not re.search(r"\s", value), name, repr(value), "must be one word")
+            if isinstance(value, str):
+                _require(value and " " not in value, name, repr(value), "must be one word")
+        _require(not (self.python or "").startswith("-"), "python", self.python, "must be a program, not an option")
+        for command in self.setup:
+            checked = subprocess.run(["bash", "-n"], input=command.encode(errors="replace"), capture_output=True)
+            valid = command.strip() and not checked.returncode and not checked.stderr
+            _require(valid, "setup", ascii(command), "must be a complete command of bash")
 
     @property
     def num_local_ranks(self) -> int:
@@ -107,8 +128,8 @@ def _require(condition, name: str, value, rule: str) -> None:
 
 def _check_sbatch_option(pair: str) -> None:
     key, _, value = pair.partition("=")
-    valid = re.fullmatch(r"[a-z][a-z-]*", key) and value
-    _require(valid, "sbatch", pair, "must be KEY=VALUE, e.g. reservation=team")
+    valid = re.fullmatch(r"[a-z][a-z-]*", key) and value and value.isprintable()
+    _require(valid, "sbatch", pair if pair.isprintable() else ascii(pair), "must be KEY=VALUE, e.g. reservation=team")
     why = f"is set by submit; use --{key}" if key in FLAGS.values() else "is set by submit"
     _require(key not in RESERVED_KEYS and key not in FLAGS.values(), "sbatch", pair, why)
 
@@ -128,138 +149,127 @@ def seconds(time: str) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """What an sbatch file is rendered from. All strings are shell text, already quoted if necessary."""
+    """What an sbatch file is rendered from. A str is a value, which is quoted; Bash is put in as it is."""
 
     name: str
     options: SlurmOptions
-    run: str  # the run folder
-    recipe: str  # the recipe with its flags
-    logs: str  # %j: job id, %n: number of the node in the job
+    run: str | Bash  # the run folder
+    recipe: tuple[str | Bash, ...]  # the recipe with its flags
+    logs: str  # as Slurm reads it: %j is the job id, %n the number of the node in the job
     python: str
     about: str  # comment in the first line of the file
-    ranks_per_node: str = ""  # if Slurm knows it and not the options
-    lines: tuple[str, ...] = ()  # more bash, run before the ranks start
-    prologue: tuple[str, ...] = ()  # bash that sets variables which `run` and `recipe` use
+    ranks_per_node: Bash | None = None  # if Slurm knows it and not the options
+    lines: tuple[Bash, ...] = ()  # run before the ranks start
+    prologue: tuple[Bash, ...] = ()  # sets variables which `run` and `recipe` use
 
 
 def render(job: Job) -> str:
     """The sbatch file of a job. A pure function: the same job gives the same text."""
     options = job.options
-    container = [f"--container-image={shlex.quote(options.container_image)}"] if options.container_image else []
-    if container:
-        more = f",{options.container_mounts}" if options.container_mounts else ""
-        mounts = '"--container-mounts=$run:$run,$PWD:$PWD"' + (shlex.quote(more) if more else "")
-        container += [mounts, '"--container-workdir=$PWD"']
-    interface = options.network_interface and shlex.quote(options.network_interface)
-    interface_lines = [f"export NCCL_SOCKET_IFNAME={interface} GLOO_SOCKET_IFNAME={interface}"] if interface else []
-    body = Path(__file__).with_name("job_body.sh").read_text(encoding="utf-8")
-    return "\n".join([
-        "#!/bin/bash",
-        _comment(job.about),
-        *(f"#SBATCH --{line}" for line in _directives(job)),
-        "",
+    interface = options.network_interface
+    exports = assign(NCCL_SOCKET_IFNAME=interface, GLOO_SOCKET_IFNAME=interface) if interface else None
+    return text_of([
+        Bash("#!/bin/bash"),
+        comment(job.about),
+        *_directives(job),
+        Bash(""),
         _ON_SIGNAL,
         *job.prologue,
-        f"run={job.run}  # the run folder",
-        f"logs={_logs_in_bash(job.logs)}  # %n: number of the node; node 0's log is also the job's",
-        f"python={job.python}",
-        f"recipe=({job.recipe})",
-        f"ranks_per_node={job.ranks_per_node or options.num_local_ranks}",
-        f"max_requeues={options.max_requeues}  # in a row, if none finds a newer checkpoint",
-        f"preflight={options.preflight}",
-        f"srun=({' '.join(['srun', '--kill-on-bad-exit=1', '--open-mode=append', *container])})",
-        *interface_lines,
-        *options.setup,
+        assign(run=job.run) + Bash("  # the run folder"),
+        assign(logs=_bash_logs(job)) + Bash("  # %n: number of the node; node 0's log is also the job's"),
+        assign(python=job.python),
+        assign(recipe=job.recipe),
+        assign(ranks_per_node=job.ranks_per_node or options.num_local_ranks),
+        assign(max_requeues=options.max_requeues) + Bash("  # in a row, if none finds a newer checkpoint"),
+        assign(preflight=options.preflight),
+        assign(srun=("srun", "--kill-on-bad-exit=1", "--open-mode=append", *_container(options))),
+        *([Bash("export ") + exports] if exports else []),
+        *map(code_of_user, options.setup),
         *job.lines,
-        "",
+        Bash(""),
         _START_RANKS[options.launcher],
-        body.rstrip(),
-        "",
+        BODY,
     ])  # fmt: skip
-
-
-def _logs_in_bash(logs: str) -> str:
-    """The path of the logs, quoted except for the job's id."""
-    return "$SLURM_JOB_ID".join(shlex.quote(part) if part else "" for part in logs.split("%j"))
-
-
-def _comment(text: str) -> str:
-    """One comment line: the second line of a prompt with a line break would be run as bash."""
-    return f"# {' '.join(text.splitlines())}"
 
 
 def render_prepare(job: Job) -> str:
     """The sbatch file of the job that downloads and checks what this job needs: one task, no GPU."""
     options = job.options
-    return "\n".join([
-        "#!/bin/bash",
-        _comment(job.about),
-        f"#SBATCH --{_directive('job-name', f'{job.name}-prepare')}",
-        "#SBATCH --ntasks=1",
-        *(f"#SBATCH --{line}" for line in _given(options, "partition", "account", "qos")),
-        f"#SBATCH --{_directive('output', job.logs.replace('node%n', 'prepare'))}",
-        "",
-        f"run={job.run}",
-        f"python={job.python}",
-        f"recipe=({job.recipe})",
-        *options.setup,
+    ranks = assign(RANK=0, LOCAL_RANK=0, WORLD_SIZE=options.num_ranks, LOCAL_WORLD_SIZE=options.num_local_ranks)
+    return text_of([
+        Bash("#!/bin/bash"),
+        comment(job.about),
+        directive("job-name", f"{job.name}-prepare"),
+        directive("ntasks", 1),
+        *_given(options, "partition", "account", "qos"),
+        directive("output", job.logs.replace("node%n", "prepare")),
+        Bash(""),
+        assign(run=job.run),
+        assign(python=job.python),
+        assign(recipe=job.recipe),
+        *map(code_of_user, options.setup),
         *job.lines,
-        f"export RANK=0 LOCAL_RANK=0 WORLD_SIZE={options.num_ranks} LOCAL_WORLD_SIZE={options.num_local_ranks}",
-        'exec "$python" "${recipe[@]}" --prepare_only true',
-        "",
+        Bash("export ") + ranks,
+        Bash('exec "$python" "${recipe[@]}" --prepare_only true'),
     ])  # fmt: skip
 
 
-def _given(options: SlurmOptions, *names: str) -> list[str]:
-    """NAME=VALUE of these options, without those that have no value."""
-    return [_directive(name, getattr(options, name)) for name in names if getattr(options, name)]
+def _bash_logs(job: Job) -> Bash:
+    """The pattern of the logs for srun, in which bash has put the job id."""
+    before, after = job.logs.split("%j")
+    return quote(before) + Bash("$SLURM_JOB_ID") + quote(after)
 
 
-def _directive(name: str, value: str) -> str:
-    """NAME=VALUE as sbatch reads it in the head of a file. Raises UserError if the file could not hold it.
+def _container(options: SlurmOptions) -> list[Bash]:
+    if not options.container_image:
+        return []
+    mounts = Bash('"--container-mounts=$run:$run,$PWD:$PWD"')
+    if options.container_mounts:
+        mounts += quote(f",{options.container_mounts}")
+    return [Bash("--container-image=") + quote(options.container_image), mounts, Bash('"--container-workdir=$PWD"')]
 
-    A line break would end the comment: the rest of the value would be run as bash.
-    """
-    _require(value.isprintable() and '"' not in value, name, repr(value), "must not hold quotes or control characters")
-    return f'{name}="{value}"' if re.search(r"[\s#\\']", value) else f"{name}={value}"
+
+def _given(options: SlurmOptions, *names: str) -> list[Bash]:
+    """The lines for these options, without those that have no value."""
+    return [directive(name, getattr(options, name)) for name in names if getattr(options, name)]
 
 
-def _directives(job: Job) -> list[str]:
+def _directives(job: Job) -> list[Bash]:
     """The options of sbatch in the head of the file."""
     options = job.options
     tasks = options.num_local_ranks if options.launcher == "srun" else 1
     return [
-        _directive("job-name", job.name),
-        f"nodes={options.nodes}",
-        f"ntasks-per-node={tasks}",
-        *([f"gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []),
+        directive("job-name", job.name),
+        directive("nodes", options.nodes),
+        directive("ntasks-per-node", tasks),
+        *([directive("gpus-per-node", options.gpus_per_node)] if options.gpus_per_node else []),
         *_given(options, "time", "partition", "account", "qos", "constraint", "mem"),
-        *(_directive(*pair.split("=", 1)) for pair in options.sbatch),
-        _directive("output", job.logs.replace("%n", "0")),
-        "open-mode=append",  # a requeued job appends to the same file
-        "requeue",
-        f"signal=B:USR1@{options.grace}",
+        *(directive(*pair.split("=", 1)) for pair in options.sbatch),
+        directive("output", job.logs.replace("%n", "0")),
+        directive("open-mode", "append"),  # a requeued job appends to the same file
+        directive("requeue"),
+        directive("signal", f"B:USR1@{options.grace}"),
     ]
 
 
 # Slurm sends USR1 only to the batch shell: before the time limit, and before a preemption if the cluster is configured
 # so. The shell passes it on to the ranks through srun; they save together and end. Slurm itself sends TERM (scancel,
 # requeue, preemption) to the ranks.
-_ON_SIGNAL = """\
+_ON_SIGNAL = Bash("""\
 stopping=no interrupted=no ranks=
-trap 'stopping=yes interrupted=yes; [ -z "$ranks" ] || kill -USR1 "$ranks"' USR1  # pass it on to the ranks"""
+trap 'stopping=yes interrupted=yes; [ -z "$ranks" ] || kill -USR1 "$ranks"' USR1  # pass it on to the ranks""")
 
 # Each task ignores USR1 until the recipe installs its handler: it would end a launcher, or Python while it starts.
 _START_RANKS = {
-    "srun": """\
+    "srun": Bash("""\
 start_ranks() {  # arguments of python; srun starts one task per rank
   exec "${srun[@]}" --output="$logs" bash -c '
     trap "" USR1
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec "$@"' - "$python" "$@"
 }
-""",
-    "accelerate": """\
+"""),
+    "accelerate": Bash("""\
 start_ranks() {  # arguments of python; srun starts one launcher per node, which starts its ranks
   exec "${srun[@]}" --output="$logs" bash -c '
     trap "" USR1
@@ -268,7 +278,7 @@ start_ranks() {  # arguments of python; srun starts one launcher per node, which
       --main_process_port $MASTER_PORT "${@:4}"' - "$python" "$accelerate_config" "$ranks_per_node" \\
     "${accelerate_flags[@]}" "$@"
 }
-""",
+"""),
 }
 
 

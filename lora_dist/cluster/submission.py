@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import json
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora_dist
+from lora_dist.boundary import read_text
 from lora_dist.cluster import slurm
 from lora_dist.cluster.recipe import (
     find_config_file,
@@ -26,6 +27,7 @@ from lora_dist.cluster.recipe import (
     load_recipe,
     read_config_file,
 )
+from lora_dist.cluster.shell import Bash, assign, quote, text_of
 from lora_dist.cluster.slurm import Job, SlurmOptions
 from lora_dist.config import TrainConfig
 from lora_dist.environment import COMMIT_FILE, git_commit
@@ -65,13 +67,22 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
     )
     name = f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     root = Path(config.output_dir or f"runs/{name}").absolute()
-    require(not set(str(root)) & set(" \t\n%"), "output_dir", root, "must have no spaces or % for Slurm")
+    _check_paths(root, options)
     config = dataclasses.replace(config, output_dir=str(root))
     if config_file is None:
         # hsdp keeps a copy of the base on each node, which makes sense if a node has several ranks.
         several = options.nodes > 1 and options.num_local_ranks > 1
         config_file = "single" if options.num_ranks == 1 else "hsdp" if several else "fsdp"
     return Submission(path, config, find_config_file(config_file), options)
+
+
+def _check_paths(root: Path, options: SlurmOptions) -> None:
+    """Raises UserError for characters that quotes cannot protect, because Slurm itself gives them a meaning."""
+    why = "must be printable characters, without % and \\, which Slurm replaces in the names of log files"
+    require(str(root).isprintable() and not set(str(root)) & set("%\\"), "output_dir", ascii(str(root)), why)
+    if options.container_image:
+        why = "must have no comma and no colon, which separate the mounts of a container; and so the current folder"
+        require(not set(f"{root}{Path.cwd()}") & set(",:"), "output_dir", root, why)
 
 
 def prepare(submission: Submission, *, quiet: bool = False) -> None:
@@ -126,36 +137,37 @@ def _copy_named_files(submission: Submission, job: Path) -> TrainConfig:
     env = submission.env()
     deepspeed_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if deepspeed_file != "none":
-        shutil.copy(deepspeed_file, job / "deepspeed.json")
+        write_whole(job / "deepspeed.json", read_text(deepspeed_file, f"accelerate config {submission.config_file}"))
         copy = str(final / "deepspeed.json")
         named = read_config_file(submission.config_file)["deepspeed_config"]["deepspeed_config_file"]
         text, env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text.replace(named, copy), copy
     write_whole(job / "accelerate.yaml", text)
-    write_whole(job / "accelerate.env", "".join(f"{name}={shlex.quote(value)}\n" for name, value in env.items()))
-    for setting in ("deepspeed", "chat_template"):
+    write_whole(job / "accelerate.env", text_of(assign(**{name: value}) for name, value in env.items()))
+    for setting, name in (("deepspeed", "deepspeed.json"), ("chat_template", "chat_template.jinja")):
         file = getattr(config, setting)
-        if file:
-            shutil.copy(file, job / Path(file).name)
-            config = dataclasses.replace(config, **{setting: str(final / Path(file).name)})
+        if file:  # under our own name, because theirs may be job.sbatch
+            write_whole(job / name, read_text(file, f"--{setting} {file}"))
+            config = dataclasses.replace(config, **{setting: str(final / name)})
     return config
 
 
 def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
     """The job that `slurm.render` makes into an sbatch file."""
     options, folder = submission.options, submission.folder
-    lines = ['export PYTHONPATH="$run/job/code${PYTHONPATH:+:$PYTHONPATH}"']
+    lines = [Bash('export PYTHONPATH="$run/job/code${PYTHONPATH:+:$PYTHONPATH}"')]
     if options.launcher == "srun":
-        lines.append('set -a; . "$run/job/accelerate.env"; set +a  # what accelerate launch would set')
+        lines.append(Bash('set -a; . "$run/job/accelerate.env"; set +a  # what accelerate launch would set'))
     else:
-        flags = shlex.join(launcher_flags(submission.config_file, options.num_ranks))
-        lines.append(f'accelerate_config="$run/job/accelerate.yaml" accelerate_flags=({flags})')
+        flags = tuple(launcher_flags(submission.config_file, options.num_ranks))
+        lines.append(assign(accelerate_config=Bash('"$run/job/accelerate.yaml"'), accelerate_flags=flags))
     if offline and not submission.config.push_to_hub:
-        lines.append("export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # base and data were downloaded before")
-    python = options.python or ("python" if options.container_image else sys.executable)
+        lines.append(Bash("export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # base and data were downloaded before"))
+    recipe = Bash('"$run/job/code/recipes/"') + quote(submission.recipe.name)
     return Job(
-        name=folder.root.name, options=options, run=shlex.quote(str(folder.root)),
-        recipe=f'"$run/job/code/recipes/"{shlex.quote(submission.recipe.name)} --config "$run/job/config.yaml"',
-        logs=f"{folder.logs}/%j-node%n.log", python=shlex.quote(python), about=command, lines=tuple(lines),
+        name=re.sub(r"[^\w.+-]+", "_", folder.root.name, flags=re.ASCII), options=options, run=str(folder.root),
+        recipe=(recipe, "--config", Bash('"$run/job/config.yaml"')), logs=f"{folder.logs}/%j-node%n.log",
+        python=options.python or ("python" if options.container_image else sys.executable),
+        about=command, lines=tuple(lines),
     )  # fmt: skip
 
 

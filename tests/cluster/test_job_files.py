@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_dist.cli import main
+from lora_dist.cluster.shell import Bash
 from lora_dist.cluster.slurm import Job, SlurmOptions, render, render_prepare, seconds
 from lora_dist.errors import UserError
 from tests.helpers.ranks import ROOT
@@ -19,9 +20,9 @@ HERE = Path(__file__).parent
 
 def job(**asked) -> Job:
     return Job(
-        name="a", options=SlurmOptions(**asked), run="/runs/a", recipe='"$run/job/code/recipes/opt_quotes.py"',
+        name="a", options=SlurmOptions(**asked), run="/runs/a", recipe=(Bash('"$run/job/code/recipes/opt_quotes.py"'),),
         logs="/runs/a/logs/%j-node%n.log", python="/env/bin/python", about="lora-dist submit recipes/opt_quotes.py",
-        lines=('. "$run/job/accelerate.env"',),
+        lines=(Bash('. "$run/job/accelerate.env"'),),
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_options_are_checked_before_submission(asked, message):
         ("--gpus-per-node 8 lora_dist/config.py", "lora_dist/config.py: has no CONFIG, GPU, EMBEDDED, main"),
         ("--gpus-per-node 8 recipes/opt_quotes.py --lora_rr 8", "--lora_rr: no such flag; did you mean --lora_r?"),
         ("--gpus-per-node 8 --config_file no.yaml recipes/opt_quotes.py", "--config_file no.yaml: no such file"),
-        ("--gpus-per-node 8 recipes/opt_quotes.py --output_dir a%b", "must have no spaces or %"),
+        ("--gpus-per-node 8 recipes/opt_quotes.py --output_dir a%b", "must be printable characters, without % and"),
     ],
 )
 def test_what_submit_refuses_is_one_line(monkeypatch, capfd, words, expected):

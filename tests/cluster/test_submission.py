@@ -79,7 +79,8 @@ def test_the_job_holds_copies_of_all_that_the_checkout_could_change(tmp_path, mo
     settings = yaml.safe_load((job / "config.yaml").read_text())
     assert (settings["lora_r"], settings["output_dir"]) == (4, str(tmp_path / "run"))
     assert settings["model_name_or_path"] == "embedded"  # no GPU was asked for
-    assert settings["chat_template"] == str(job / "chat.jinja") and (job / "chat.jinja").read_text() == "{{ messages }}"
+    assert settings["chat_template"] == str(job / "chat_template.jinja")
+    assert (job / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (job / "deepspeed.json").read_text() == (ROOT / "launch/deepspeed/zero3.json").read_text()
     assert f"deepspeed_config_file: {job}/deepspeed.json" in (job / "accelerate.yaml").read_text()
     sourced = subprocess.run(
@@ -105,7 +106,7 @@ def test_with_gpus_it_is_the_recipes_base_and_data_of_a_gpu(tmp_path):
 )
 def test_ranks_ask_the_hub_only_where_they_must(tmp_path, flags, offline, expected):
     lines = job_of(read(tmp_path, *flags), "lora-dist submit", offline=offline).lines
-    assert any("HF_HUB_OFFLINE" in line for line in lines) == expected
+    assert any("HF_HUB_OFFLINE" in line.text for line in lines) == expected
 
 
 @pytest.mark.parametrize(
