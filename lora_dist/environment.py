@@ -1,11 +1,15 @@
 """What a run depends on beside its settings: package versions, the commit of this code, the device and its kernels."""
 
 import functools
+import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from lora_dist.errors import UserError
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lora-dist")
 CODE = Path(__file__).parents[1]
@@ -45,6 +49,20 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def env_count(name: str, default: int, *, least: int = 0, setting: str = "") -> int:
+    """The whole number in this environment variable; the default if it is not set. Raises UserError.
+
+    `setting`: what the user gave instead, if a launcher made the variable of it.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        remedy = "" if setting else "; start the ranks with lora-dist train, accelerate launch or torchrun, or unset it"
+        raise UserError(f"{setting or name} {ascii(text)[:60]}: must be a whole number, {least} or more{remedy}")
+    return int(text)
 
 
 def has_gpu() -> bool:

@@ -28,7 +28,7 @@ from lora_dist.cluster.findings import Links, RankFacts, by_host, find_problems,
 from lora_dist.environment import versions
 from lora_dist.errors import RunFailed
 from lora_dist.parallel.ranks import gather, keep_to_one_machine, num_ranks, this_rank
-from lora_dist.parallel.strategies import world_size
+from lora_dist.parallel.strategies import check_rank_variables, world_size
 from lora_dist.units import MIB, gb_per_s, gib
 
 ARRIVAL_S = 300.0  # longest time between the first rank and the last: many nodes import from one disk
@@ -98,6 +98,7 @@ def _row(host: str, ranks: list[RankFacts], link_rate: float | None) -> list[str
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[torch.device]:
     """Join the process group that the launcher describes; yields this rank's device. Collective."""
+    check_rank_variables()
     on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:

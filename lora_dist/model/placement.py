@@ -13,7 +13,7 @@ from lora_dist.model.memory import layers_that_fit, memory_budget_bytes
 from lora_dist.parallel.context import check_context_parallel
 from lora_dist.parallel.deepspeed_config import keys_without_effect
 from lora_dist.parallel.exact_sum import block
-from lora_dist.parallel.fsdp import decoder_layers
+from lora_dist.parallel.fsdp import check_fsdp_variables, decoder_layers
 from lora_dist.parallel.ranks import gather
 from lora_dist.parallel.strategies import Launch, Placement
 from lora_dist.parallel.zero import check_zero
@@ -44,6 +44,7 @@ def _choose_engine(
 ) -> Placement:
     strategy = launch.strategy
     if strategy.engine == "FSDP2":
+        check_fsdp_variables()
         return _choose_fsdp(launch, config, skeleton, num_ranks, dtype)
     why = f"has no effect under {strategy.name}; it is a setting of fsdp"
     require(config.resident_layers == "0", "resident_layers", config.resident_layers, why)

@@ -9,15 +9,22 @@ has no effect is an error, and a key of ZeRO that has none is named at the start
 import importlib.util
 import json
 import os
-from pathlib import Path
 
+from lora_dist.boundary import boundary, read_json
 from lora_dist.config import TrainConfig
+from lora_dist.environment import env_count
 from lora_dist.errors import UserError
 
 # Sections of the JSON that have an effect here. DeepSpeed itself checks the keys inside of them.
 SECTIONS = {
     "zero_optimization", "bf16", "fp16", "comms_logger", "steps_per_print", "zero_allow_untested_optimizer",
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+}  # fmt: skip
+# Objects of the JSON that are looked into here; "a.b" is inside "a".
+OBJECTS = {
+    "bf16": '{"enabled": true}', "fp16": '{"enabled": true}', "comms_logger": '{"enabled": true}',
+    "zero_optimization": '{"stage": 3}', "zero_optimization.offload_param": '{"device": "cpu"}',
+    "zero_optimization.offload_optimizer": '{"device": "none"}',
 }  # fmt: skip
 # Keys of zero_optimization about gradients or the optimizer. Under ZeRO-3 DeepSpeed holds only the base, which has
 # neither.
@@ -50,7 +57,9 @@ def read_deepspeed_config(config: TrainConfig, num_ranks: int) -> dict | None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{source}: deepspeed is not installed; pip install 'lora-dist[deepspeed]'")
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if by_accelerate else config.deepspeed
-    settings = _accelerate_fields() if file == "none" else _read_json(file, source)
+    settings = (
+        _accelerate_fields() if file == "none" else read_json(file, f"{source}: {file}" if by_accelerate else source)
+    )
     _check(settings, config, num_ranks, source)
     return settings
 
@@ -74,7 +83,8 @@ def keys_without_effect(settings: dict) -> list[str]:
 
 def _accelerate_fields() -> dict:
     """The config from an accelerate config without a DeepSpeed file: `accelerate launch` passes its fields on."""
-    zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+    stage = env_count("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2, setting="accelerate config deepspeed_config: zero_stage")
+    zero = {"stage": stage}
     for key in ("offload_optimizer", "offload_param"):
         device = os.environ.get(f"ACCELERATE_DEEPSPEED_{key.upper()}_DEVICE", "none")
         if device != "none":
@@ -82,22 +92,14 @@ def _accelerate_fields() -> dict:
     settings = {"zero_optimization": zero}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         value = os.environ.get(f"ACCELERATE_{key.upper()}", "auto")
-        settings[key] = value if value == "auto" else float(value)
-    return settings
-
-
-def _read_json(file: str, source: str) -> dict:
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {file} cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{source}: {file} must hold a JSON object")
+        with boundary(f"accelerate config deepspeed_config: {key} {value[:60]}", "must be a number, or auto"):
+            settings[key] = value if value == "auto" else float(value)
     return settings
 
 
 def _check(settings: dict, config: TrainConfig, num_ranks: int, source: str) -> None:
     """Raises UserError for the first setting that is not supported. `source`: where the settings come from."""
+    _check_shapes(settings, source)
     _check_sections(settings, source)
     _check_batch(settings, config, num_ranks, source)
     _check_offload(settings["zero_optimization"], source)
@@ -105,6 +107,9 @@ def _check(settings: dict, config: TrainConfig, num_ranks: int, source: str) -> 
     if stage == 2 and mixed_precision(settings) == "fp16":
         why = "is not supported with stage 2, which has no loss scaling here; use bf16"
         raise _refused(source, "fp16", settings.get("fp16", "auto"), why)
+    if num_ranks == 1 and config.deepspeed:
+        why = f"ZeRO-{stage} needs 2 ranks or more; start them with deepspeed --num_gpus N, or leave --deepspeed out"
+        raise UserError(f"{source}: {why}")
     if num_ranks == 1:
         raise UserError(
             f"accelerate config num_processes: 1: ZeRO-{stage} needs 2 ranks or more; "
@@ -113,12 +118,25 @@ def _check(settings: dict, config: TrainConfig, num_ranks: int, source: str) -> 
 
 
 def _refused(source: str, key: str, value, why: str) -> UserError:
-    return UserError(f"{source}: {key} {json.dumps(value)}: {why}")
+    return UserError(f"{source}: {key} {json.dumps(value)[:100]}: {why}")
+
+
+def _check_shapes(settings: dict, source: str) -> None:
+    """Raises UserError if a part that is looked into below is no JSON object, or a precision is no answer."""
+    for path in OBJECTS:
+        *parents, key = path.split(".")
+        holder = settings.get(parents[0], {}) if parents else settings
+        if not isinstance(holder.get(key, {}), dict):
+            raise _refused(source, path, holder[key], "must be a JSON object, such as " + OBJECTS[path])
+    for name in ("bf16", "fp16"):
+        enabled = settings.get(name, {}).get("enabled", False)
+        if type(enabled) is not bool and enabled != "auto":
+            raise _refused(source, f"{name}.enabled", enabled, 'must be true, false or "auto"')
 
 
 def _check_sections(settings: dict, source: str) -> None:
     stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (2, 3):
+    if type(stage) is not int or stage not in (2, 3):
         why = "must be 2 or 3; to train without sharding, use accelerate_configs/ddp.yaml"
         raise _refused(source, "zero_optimization.stage", stage, why)
     unknown = sorted(settings.keys() - SECTIONS)

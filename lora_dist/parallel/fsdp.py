@@ -11,8 +11,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_dist.boundary import boundary
 from lora_dist.errors import UserError
 from lora_dist.parallel.strategies import Placement
+
+
+def check_fsdp_variables() -> None:
+    """Raises UserError if accelerate cannot read what its config says about FSDP."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    with boundary("accelerate config fsdp_config", "compare it with accelerate_configs/fsdp.yaml"):
+        FullyShardedDataParallelPlugin()  # reads the variables that accelerate launch sets
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

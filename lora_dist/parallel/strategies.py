@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_dist.config import TrainConfig
+from lora_dist.environment import env_count
 from lora_dist.errors import UserError
 from lora_dist.parallel.deepspeed_config import env_is_true, mixed_precision, read_deepspeed_config
 
@@ -83,7 +84,17 @@ class Launch:
 
 def world_size() -> int:
     """Number of ranks that the launcher announced; `start_ranks` checks that they have started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return env_count("WORLD_SIZE", 1, least=1)
+
+
+def check_rank_variables() -> None:
+    """Raises UserError if a launcher, or Slurm through a job file, gave this rank a place that cannot be."""
+    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        number, total = env_count(part, 0), env_count(whole, 1, least=1)
+        if number >= total and whole in os.environ:
+            raise UserError(f"{part} {number}: must be below {whole} {total}; both are set by what starts the ranks")
+    for name, least in (("MASTER_PORT", 0), ("OMP_NUM_THREADS", 1), ("TORCHELASTIC_MAX_RESTARTS", 0)):
+        env_count(name, 1, least=least)
 
 
 def read_launch(config: TrainConfig) -> Launch:
@@ -91,6 +102,7 @@ def read_launch(config: TrainConfig) -> Launch:
 
     Raises UserError if it is not supported, or if it needs several ranks and only one was started.
     """
+    check_rank_variables()
     num_ranks, precision = world_size(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if num_ranks > 1 and "RANK" not in os.environ:  # accelerate would then train on one process alone
         raise UserError(
@@ -117,9 +129,10 @@ def read_launch(config: TrainConfig) -> Launch:
 
 
 def _fsdp(num_ranks: int, offload: bool) -> Strategy:
-    if os.environ.get("FSDP_VERSION") != "2":
+    fsdp_version = os.environ.get("FSDP_VERSION", "none, which means 1")
+    if fsdp_version != "2":
         raise UserError(
-            "accelerate config fsdp_version: 1: is not supported, because it cannot shard int8 weights; "
+            f"accelerate config fsdp_version: {fsdp_version}: is not supported, because it cannot shard int8 weights; "
             "set fsdp_version: 2, as accelerate_configs/fsdp.yaml does"
         )
     if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
@@ -145,7 +158,7 @@ def _fsdp(num_ranks: int, offload: bool) -> Strategy:
 
 def _pipeline(num_ranks: int) -> Strategy:
     """accelerate has no key for a pipeline but Megatron-LM's degree. Nothing else of Megatron-LM is used."""
-    tensor_degree = int(os.environ.get("MEGATRON_LM_TP_DEGREE", 1))
+    tensor_degree = env_count("MEGATRON_LM_TP_DEGREE", 1, least=1, setting="accelerate config megatron_lm_tp_degree:")
     if tensor_degree > 1:
         raise UserError(
             f"accelerate config megatron_lm_tp_degree: {tensor_degree}: tensor parallelism is not supported "
@@ -156,8 +169,8 @@ def _pipeline(num_ranks: int) -> Strategy:
             "accelerate config num_processes: 1: a pipeline needs 2 ranks or more; "
             "use accelerate_configs/single.yaml, or --num_processes N"
         )
-    degree = os.environ.get("MEGATRON_LM_PP_DEGREE", "1")
-    if degree != str(num_ranks):
+    degree = env_count("MEGATRON_LM_PP_DEGREE", 1, least=1, setting="accelerate config megatron_lm_pp_degree:")
+    if degree != num_ranks:
         raise UserError(
             f"accelerate config megatron_lm_pp_degree: {degree}: must be the number of ranks, {num_ranks}, "
             f"which form one pipeline; give --megatron_lm_pp_degree {num_ranks}"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lora_dist.errors import UserError
+from lora_dist.boundary import boundary
 from lora_dist.parallel.fsdp import decoder_layers
 
 
@@ -105,18 +105,19 @@ def engine_config(settings: dict, base: nn.Module | None = None) -> dict:
 def check_zero(settings: dict, skeleton: nn.Module) -> None:
     """Raises UserError if DeepSpeed does not accept its part of the config. `skeleton`: the model on meta."""
     _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.comm.config import DeepSpeedCommsConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedZeroConfig(**engine_config(settings, skeleton)["zero_optimization"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"DeepSpeed config zero_optimization.{key} {first['input']}: {first['msg'].lower()}; "
-            "DeepSpeed's documentation of ZeRO lists the valid keys"
-        ) from None
+    config = engine_config(settings, skeleton)
+    with boundary("DeepSpeed config", "DeepSpeed's documentation lists the valid keys"):
+        try:
+            DeepSpeedCommsConfig(config)
+            DeepSpeedZeroConfig(**config["zero_optimization"])
+        except ValidationError as error:  # its text has several lines
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{key} {str(first['input'])[:100]}: {first['msg'].lower()}") from None
 
 
 def shard_optimizer(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict):

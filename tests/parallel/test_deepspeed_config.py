@@ -8,9 +8,9 @@ import torch
 
 from lora_dist.errors import UserError
 from lora_dist.model.load import meta_model
-from lora_dist.parallel.deepspeed_config import keys_without_effect, mixed_precision, read_deepspeed_config
+from lora_dist.parallel.deepspeed_config import SECTIONS, keys_without_effect, mixed_precision, read_deepspeed_config
 from lora_dist.parallel.strategies import read_launch
-from lora_dist.parallel.zero import engine_config
+from lora_dist.parallel.zero import check_zero, engine_config
 
 
 @pytest.fixture
@@ -27,8 +27,25 @@ def read(config, tmp_path, settings, num_ranks=2):
 
 ZERO3 = {"stage": 3}
 REFUSED = {
-    "no JSON": ("{", "cannot be read"),
-    "a list": ("[]", "must hold a JSON object"),
+    "no JSON": ("{", "JSONDecodeError"),
+    "a list": ("[]", "must hold a dict"),
+    "deep JSON": ("[" * 100_000, "RecursionError"),
+    "bf16 true": ({"bf16": True, "zero_optimization": ZERO3}, "bf16 true: must be a JSON object, such as"),
+    "fp16 a list": ({"fp16": [], "zero_optimization": ZERO3}, r"fp16 \[\]: must be a JSON object, such as"),
+    "enabled a number": ({"bf16": {"enabled": 7}, "zero_optimization": ZERO3}, "bf16.enabled 7: must be true, false"),
+    "ZeRO true": ({"zero_optimization": True}, 'zero_optimization true: must be a JSON object, such as {"stage": 3}'),
+    "ZeRO null": ({"zero_optimization": None}, "zero_optimization null: must be a JSON object"),
+    "stage a text": ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage "3": must be 2 or 3'),
+    "stage a fraction": ({"zero_optimization": {"stage": 3.0}}, "zero_optimization.stage 3.0: must be 2 or 3"),
+    "stage a list": ({"zero_optimization": {"stage": [3]}}, "zero_optimization.stage .*: must be 2 or 3"),
+    "offload true": (
+        {"zero_optimization": ZERO3 | {"offload_param": True}}, "zero_optimization.offload_param true: must be a JSON"
+    ),
+    "offload null": (
+        {"zero_optimization": ZERO3 | {"offload_optimizer": None}}, "offload_optimizer null: must be a JSON object"
+    ),
+    "comms_logger true": ({"zero_optimization": ZERO3, "comms_logger": True}, "comms_logger true: must be a JSON"),
+    "a long value": ({"zero_optimization": ["x" * 10**6]}, "zero_optimization .*: must be a JSON object"),
     "no stage": ({}, "zero_optimization.stage null: must be 2 or 3"),
     "stage 1": ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage 1: must be 2 or 3"),
     "an optimizer": ({"zero_optimization": ZERO3, "optimizer": {"type": "Adam"}}, ": optimizer: has no effect here"),
@@ -61,6 +78,66 @@ def test_what_is_refused(config, tmp_path, what):
     with pytest.raises(UserError, match=words) as error:
         read(config, tmp_path, settings)
     assert str(error.value).startswith("--deepspeed ") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+VALUES = (None, True, False, 0, -1, 10**30, 0.5, float("nan"), "", "auto", "x\ny", [], [[1]], {}, {"": {}}, "none")
+
+
+def test_boundary_any_value_at_any_place_is_taken_or_refused_in_one_line(config, tmp_path):
+    valid = {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "bf16": {"enabled": True},
+        "train_batch_size": "auto", "comms_logger": {"enabled": True},
+    }  # fmt: skip
+    places = [(name,) for name in SECTIONS] + [(name, key) for name in valid for key in ("stage", "enabled", "device")]
+    places += [("zero_optimization", name, "device") for name in ("offload_param", "offload_optimizer")]
+    for *path, key in places:
+        for value in VALUES:
+            settings = json.loads(json.dumps(valid))
+            holder = settings
+            for name in path:
+                if not isinstance(holder.get(name), dict):
+                    holder[name] = {}
+                holder = holder[name]
+            holder[key] = value
+            try:
+                assert mixed_precision(read(config, tmp_path, settings)) in ("no", "bf16", "fp16")
+            except UserError as error:
+                assert "\n" not in str(error), (path, key, value)
+
+
+@pytest.mark.parametrize("section", ["zero_optimization", "comms_logger"])
+def test_boundary_what_deepspeed_itself_refuses_is_one_line(section):
+    settings = {"zero_optimization": {"stage": 2}}
+    settings[section] = settings.get(section, {}) | {"no_such_key": 1, "enabled": "x\ny"}
+    with pytest.raises(
+        UserError, match="^DeepSpeed config: .*; DeepSpeed's documentation lists the valid keys"
+    ) as error:
+        check_zero(settings, None)
+    assert "\n" not in str(error.value)
+
+
+def test_boundary_one_rank_under_the_deepspeed_launcher_names_that_launcher(config, tmp_path):
+    with pytest.raises(UserError, match="^--deepspeed .*: ZeRO-3 needs 2 ranks or more; start them with deepspeed"):
+        read(config, tmp_path, {"zero_optimization": ZERO3}, num_ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DEEPSPEED_ZERO_STAGE", "x", "accelerate config deepspeed_config: zero_stage 'x': must be a whole number"),
+        ("DEEPSPEED_ZERO_STAGE", "", "accelerate config deepspeed_config: zero_stage '': must be a whole number"),
+        ("GRADIENT_CLIPPING", "x", "accelerate config deepspeed_config: gradient_clipping x: "),
+        ("DEEPSPEED_CONFIG_FILE", "/no/such", "accelerate config deepspeed_config: /no/such: "),
+        ("DEEPSPEED_CONFIG_FILE", "/dev/zero", "accelerate config deepspeed_config: /dev/zero: this is not a regular"),
+    ],
+)
+def test_boundary_what_accelerate_passes_on_is_checked(config, two_ranks, monkeypatch, name, value, message):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError) as error:
+        read_launch(config)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_one_rank_is_refused(config, tmp_path):
