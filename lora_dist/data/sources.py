@@ -195,17 +195,19 @@ def _require_split(splits: Iterable[str], setting: str, split: str, name: str) -
 
 
 def _renaming(columns: list[str], config: TrainConfig) -> dict[str, str]:
-    """`--rename_columns` as {old: new}. Raises UserError if there is no old column, or another new one already."""
-    renamed = dict(pair.split("=", 1) for pair in config.rename_columns or ())
-    for old, new in renamed.items():
+    """`--rename_columns` as {old: new}. Raises UserError if a column is missing, or if two would get one name."""
+    renamed: dict[str, str] = {}
+    for pair in config.rename_columns or ():
+        old, new = pair.split("=", 1)
         has = f"{config.dataset_name} has {', '.join(columns)}"
-        require(old in columns, "rename_columns", f"{old}={new}", f"no column {old}: {has}")
-        require(
-            new not in columns or new in renamed,
-            "rename_columns",
-            f"{old}={new}",
-            f"there is a column {new} already: {has}",
-        )
+        require(old in columns, "rename_columns", pair, f"no column {old}: {has}")
+        require(old not in renamed, "rename_columns", pair, f"{old} is renamed to {renamed.get(old)} already")
+        renamed[old] = new
+    after = [renamed.get(column, column) for column in columns]
+    for old, new in renamed.items():
+        others = [column for column, name in zip(columns, after, strict=True) if name == new and column != old]
+        why = f"column {', '.join(others)} would have the name {new} too; give each column a name of its own"
+        require(not others, "rename_columns", f"{old}={new}", why)
     return renamed
 
 
