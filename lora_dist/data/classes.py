@@ -62,7 +62,7 @@ class ClassEncoder(Encoder):
         why = f"holds one class, {' '.join(self.classes)}; a classifier needs two or more"
         require(len(self.classes) > 1, "dataset_label_field", label, why)
 
-    def read(self, example: dict, number: int) -> Document:
+    def read(self, example: dict, number: str) -> Document:
         text, labels = example[self.text_column], example[self.label_column]
         if not self.per_token:
             return Document(number, (self._text(example, self.text_column, number),), labels=labels)

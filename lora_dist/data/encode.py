@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import Encoded, Encoder
-from lora_dist.data.sources import as_examples, read_batches
+from lora_dist.data.sources import ORIGIN, as_examples, read_batches
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 
 WHAT_HAPPENS = {"truncate": "cut off", "split": "cut into several rows", "drop": "left out"}  # to overlong rows
@@ -59,7 +59,10 @@ def encode(
     timing = {"delay": 1} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30}
     with tqdm(total=total, desc="tokenizing", unit=" examples", disable=total is None, **timing) as bar:
         for batch in read_batches(examples, config.dataset_name):
-            documents = [encoder.read(example, counts.examples + i) for i, example in enumerate(as_examples(batch), 1)]
+            documents = [
+                encoder.read(example, _origin(example, counts.examples + i))
+                for i, example in enumerate(as_examples(batch), 1)
+            ]
             counts.examples += len(documents)
             filled = [document for document in documents if not document.is_empty]
             counts.empty += len(documents) - len(filled)
@@ -67,6 +70,12 @@ def encode(
             for row in encoder(filled):
                 yield from _cut_and_count(row, config, counts, row_hashes)
             bar.update(len(documents))
+
+
+def _origin(example: dict, number: int) -> str:
+    """Where the example is from, for messages. `number`: of the example in its split, from 1."""
+    origin = example.pop(ORIGIN, number)
+    return origin if isinstance(origin, str) else f"example {origin}"
 
 
 def _cut_and_count(row: Encoded, config: TrainConfig, counts: Counts, row_hashes: set[bytes]) -> Iterator[Encoded]:

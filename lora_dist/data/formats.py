@@ -85,7 +85,7 @@ def _find_column(name: str, columns: list[str]) -> str | None:
 class Document:
     """One example after its columns were read: either `parts` or `chat` is filled."""
 
-    number: int  # of the example in its split, from 1
+    number: str  # where the example is from, for messages: "line 7", "example 7"
     parts: tuple[str, ...] = ()  # one text; or prompt and completion; TOKEN_CLS: words
     chat: tuple[dict, ...] = ()  # messages with "role" and "content"
     num_given: int = 0  # number of messages of the chat that are its prompt
@@ -118,8 +118,8 @@ class Encoder:
         unused = config.chat_template and self.format == "text"
         require(not unused, "chat_template", config.chat_template, "has no effect on texts")
 
-    def read(self, example: dict, number: int) -> Document:
-        """`number`: of the example, from 1. Raises UserError if a column does not hold what the format needs."""
+    def read(self, example: dict, number: str) -> Document:
+        """`number`: where the example is from. Raises UserError if a column does not hold what the format needs."""
         if self.format == "text":
             return Document(number, (self._text(example, self.config.dataset_text_field or "text", number),))
         if self.format == "messages":
@@ -231,14 +231,14 @@ class Encoder:
             return ids, labels
         return self._with_eos(ids, labels)
 
-    def _render(self, messages: Sequence[dict], number: int, *, add_cue: bool = False) -> str:
+    def _render(self, messages: Sequence[dict], number: str, *, add_cue: bool = False) -> str:
         """The chat as text. `add_cue`: with the words that ask the assistant for its message."""
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_cue)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise self._malformed(number, f"the chat template refuses it: {error}") from None
 
-    def _instruction(self, example: dict, number: int) -> Document:
+    def _instruction(self, example: dict, number: str) -> Document:
         """An instruction becomes a chat if the tokenizer has a chat template, and text with headings if it has none."""
         instruction, output = (self._text(example, column, number) for column in ("instruction", "output"))
         context = self._text(example, "input", number) if "input" in example else ""
@@ -248,13 +248,13 @@ class Encoder:
         section = f"\n\n### Input:\n{context}" if context else ""
         return Document(number, (f"### Instruction:\n{instruction}{section}\n\n### Response:\n", output))
 
-    def _text(self, example: dict, column: str, number: int) -> str:
+    def _text(self, example: dict, column: str, number: str) -> str:
         value = example[column]
         if value is not None and not isinstance(value, str):
             raise self._malformed(number, f"column {column} holds a {type(value).__name__}; it must hold text")
         return value or ""
 
-    def _messages(self, value, column: str, number: int) -> tuple[dict, ...]:
+    def _messages(self, value, column: str, number: str) -> tuple[dict, ...]:
         messages = []
         for position, message in enumerate(value if isinstance(value, list) else (), 1):
             message = message if isinstance(message, dict) else {}
@@ -271,8 +271,8 @@ class Encoder:
         require(tokenizer.chat_template, "dataset_format", format, f"{name} has no chat template; give --chat_template")
         require(tokenizer.is_fast, "dataset_format", format, f"{name} has no fast tokenizer, which chats need")
 
-    def _malformed(self, number: int, what: str) -> UserError:
-        return UserError(f"--dataset_name {self.config.dataset_name}: example {number}: {what}")
+    def _malformed(self, number: str, what: str) -> UserError:
+        return UserError(f"--dataset_name {self.config.dataset_name}: {number}: {what}")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Sources of examples: the hub, local files, a saved data set. All are read through the package `datasets`."""
+"""Sources of examples: the hub, local files, a saved data set. All become data sets of the package `datasets`."""
 
 import hashlib
 import inspect
@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from lora_dist.boundary import boundary, one_line
 from lora_dist.config import TrainConfig
-from lora_dist.embedded import dataset_dir
+from lora_dist.data.local_files import content_of, find_files, is_saved, one_kind
+from lora_dist.data.readers import TEXT_KINDS, WHAT_IS_READ, read_records
 from lora_dist.errors import UserError, require
 from lora_dist.seeds import random_key
 
-LOADER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+MAX_COLUMNS = 1000
+ORIGIN = "where the example is from"  # a column that we add, for messages: "line 7", "b.jsonl line 7", "example 7"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The records of a data set, before they are tokenized."""
+    """The records of a data set, before they are tokenized. Each has the column ORIGIN too, unless it is streamed."""
 
     train: Dataset | IterableDataset
     held_out: Dataset | IterableDataset | None
@@ -35,28 +39,61 @@ def load_examples(config: TrainConfig, transform: Callable[[dict], dict] | None 
     Raises UserError if the data set, a split or a column is not found, or if there are no examples.
     """
     name = config.dataset_name
-    splits = _read(name, config)
+    splits, content = _read(name, config)
     train, held_out = _choose_splits(splits, config)
-    identity = [_identity(name, train), config.dataset_config, config.dataset_train_split, config.dataset_test_split]
+    content = content or f"{name} {getattr(train, '_fingerprint', '')}"
+    identity = [content, config.dataset_config, config.dataset_train_split, config.dataset_test_split]
+    if not config.streaming:
+        require(len(train), "dataset_name", name, f"its split {config.dataset_train_split} is empty")
+        train, held_out = _numbered(train), held_out and _numbered(held_out)
     if held_out is None and config.eval_fraction:
         identity += [config.eval_fraction, config.seed]
         train, held_out = _hold_out(train, config)
-    if not config.streaming:
-        require(len(train), "dataset_name", name, f"its split {config.dataset_train_split} is empty")
-    columns = train.column_names or list(peek(train, name, 1)[0])  # some streams know their columns only when read
+    columns = _columns(train, name)
+    _check_columns(columns, held_out, config)
     renamed = _renaming(columns, config)
+    columns = [renamed.get(column, column) for column in columns]
     if renamed:
         train, held_out = train.rename_columns(renamed), held_out and held_out.rename_columns(renamed)
-    columns = [renamed.get(column, column) for column in columns]
     if transform:
         train, held_out = (split and _transformed(split, transform, columns, name) for split in (train, held_out))
-        columns, renamed = list(peek(train, name, 1)[0]), [renamed, inspect.getsource(transform)]
+        columns, renamed = _without_origin(peek(train, name, 1)[0]), [renamed, inspect.getsource(transform)]
     digest = hashlib.sha256(json.dumps([identity, renamed]).encode())
     return Examples(train, held_out, columns, digest.hexdigest())
 
 
+def _columns(split: Dataset | IterableDataset, name: str) -> list[str]:
+    """The columns of the data. Some streams know them only when they are read."""
+    return _without_origin(split.column_names or peek(split, name, 1)[0])
+
+
+def _without_origin(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name != ORIGIN]
+
+
+def _check_columns(columns: list[str], held_out: Dataset | IterableDataset | None, config: TrainConfig) -> None:
+    """Raises UserError for a name that cannot be shown or typed, or if the held-out split lacks a column."""
+    name = config.dataset_name
+    odd = next((column for column in columns if not column.strip() or not column.isprintable()), None)
+    why = f"has a column with the name {odd!r}; rename it: a name is text of one line"
+    require(odd is None, "dataset_name", name, why)
+    if held_out is not None:
+        there = _columns(held_out, name)
+        lacking = [column for column in columns if column not in there]
+        why = f"lacks the column {', '.join(lacking)}, which {config.dataset_train_split} has; add it, or give none"
+        require(not lacking, "dataset_test_split", config.dataset_test_split or "test", why)
+
+
+def _numbered(split: Dataset) -> Dataset:
+    """The split with the column ORIGIN; here, for data that has no lines, it holds the example's number from 1."""
+    if ORIGIN in split.column_names:
+        return split
+    numbers = np.arange(1, len(split) + 1)
+    return split.add_column(ORIGIN, numbers, new_fingerprint=f"{split._fingerprint}-numbered")
+
+
 def _choose_splits(
-    splits: DatasetDict, config: TrainConfig
+    splits: dict[str, Dataset | IterableDataset], config: TrainConfig
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """(split to train on, split to hold out, or None if there is none)."""
     train, test = config.dataset_train_split, config.dataset_test_split
@@ -75,14 +112,18 @@ def _transformed(split, transform: Callable[[dict], dict], columns: list[str], n
     """The split with the function applied to each example when it is read, by the process that tokenizes."""
 
     def checked(example: dict) -> dict:
+        origin = {ORIGIN: example[ORIGIN]} if ORIGIN in example else {}
         try:
-            return transform(example)
+            return transform({column: example[column] for column in _without_origin(example)}) | origin
         except KeyError as error:
             raise UserError(f"--dataset_name {name}: has no column {error}; it has {', '.join(columns)}") from None
 
     if isinstance(split, IterableDataset):
         return split.map(checked, remove_columns=columns)
-    return split.with_transform(lambda batch: _as_columns([checked(example) for example in as_examples(batch)]))
+    as_stored = split.format["format_kwargs"].get("transform", lambda batch: batch)
+    return split.with_transform(
+        lambda batch: _as_columns([checked(example) for example in as_examples(as_stored(batch))])
+    )
 
 
 def as_examples(batch: dict[str, list]) -> list[dict]:
@@ -102,8 +143,6 @@ def read_batches(examples: Dataset | IterableDataset, name: str, size: int = 100
             batch = next(batches)
         except StopIteration:
             return
-        except UserError:
-            raise
         except Exception as error:
             raise _unreadable(name, error) from None
         yield batch
@@ -117,77 +156,88 @@ def _hold_out(train: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
     return train.select(sorted(order[num_held_out:])), train.select(sorted(order[:num_held_out]))
 
 
-def _read(name: str, config: TrainConfig) -> DatasetDict:
+def _read(name: str, config: TrainConfig) -> tuple[dict[str, Dataset | IterableDataset], str | None]:
+    """(the splits by name, hash of their content; None for the hub)."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what it would log
-    path, streaming = Path(name), config.streaming
+    with boundary(f"--dataset_name {name}"):
+        files = find_files(name, config)
+        path = Path(name).expanduser()
+        content = content_of(files or ({"": sorted(path.rglob("*"))} if path.is_dir() else {}))
+    kind, streaming = one_kind(name, files), config.streaming
     try:
-        if embedded := dataset_dir(name):
-            files = {split: str(embedded / f"{split}.jsonl") for split in ("train", "test")}
-            return datasets.load_dataset("json", data_files=files, streaming=streaming)
-        if path.suffix in LOADER_OF_SUFFIX:
-            require(path.is_file(), "dataset_name", name, "no such file")
-            require(path.stat().st_size, "dataset_name", name, "is an empty file")
-            loader = LOADER_OF_SUFFIX[path.suffix]
-            return datasets.load_dataset(loader, data_files={"train": str(path)}, streaming=streaming)
-        if _is_saved(path):
+        if kind in TEXT_KINDS:
+            return {split: _text_split(paths, streaming) for split, paths in files.items()}, content
+        if files:
+            data_files = {split: [str(path) for path in paths] for split, paths in files.items()}
+            return datasets.load_dataset(kind, data_files=data_files, streaming=streaming), content
+        if is_saved(path):
             require(not streaming, "streaming", True, f"has no effect on {name}, which is mapped from disk")
-            saved = datasets.load_from_disk(name)
-            return saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-        return datasets.load_dataset(name, config.dataset_config, streaming=streaming)
-    except UserError:
-        raise
+            saved = datasets.load_from_disk(str(path))
+            return (saved if isinstance(saved, DatasetDict) else {"train": saved}), content
+        return datasets.load_dataset(name, config.dataset_config, streaming=streaming), content
     except Exception as error:  # datasets raises many types; all mean that this name cannot be read
         raise _unreadable(name, error) from None
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+def _text_split(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
+    """The records of text files. On disk each cell is JSON, which keeps every value as it was in the file."""
+    files = {"paths": tuple(map(str, paths))}  # datasets would take a list for shards
+    if streaming:
+        return IterableDataset.from_generator(_streamed_records, gen_kwargs=files)
+    stored = Dataset.from_generator(_stored_records, gen_kwargs=files, fingerprint=content_of({"": paths})[:32])
+    return stored.with_transform(lambda batch: {name: [json.loads(cell) for cell in batch[name]] for name in batch})
+
+
+def _stored_records(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Reads the files twice: first for the columns, because any record may be the first one that has a key."""
+    columns_of = {path: {key: 0 for _, record in read_records(Path(path)) for key in record} for path in paths}
+    columns = columns_of[paths[0]]
+    for path, found in columns_of.items():
+        require(found, "dataset_name", path, "holds no examples")
+        require(len(found) <= MAX_COLUMNS, "dataset_name", path, f"has more than {MAX_COLUMNS} columns")
+        for has, lacks, names in ((path, paths[0], found.keys() - columns), (paths[0], path, columns.keys() - found)):
+            why = f"lacks the column {', '.join(sorted(names))}, which {has} has; make the files alike"
+            require(not names, "dataset_name", lacks, why)
+    for path in paths:
+        for line, record in read_records(Path(path)):
+            record = {ORIGIN: _origin(path, line, paths)} | {column: record.get(column) for column in columns}
+            yield {column: json.dumps(value, ensure_ascii=False) for column, value in record.items()}
+
+
+def _streamed_records(paths: tuple[str, ...]) -> Iterator[dict]:
+    columns = None
+    for path in paths:
+        for line, record in read_records(Path(path)):
+            columns = list(record) if columns is None else columns
+            for key in record:
+                why = f"line {line} has a column {key}, which the first example lacks; a stream needs it there"
+                require(key in columns, "dataset_name", path, why)
+            yield {ORIGIN: _origin(path, line, paths)} | {column: record.get(column) for column in columns}
+
+
+def _origin(path: str, line: int, paths: tuple[str, ...]) -> str:
+    return f"{Path(path).name} line {line}" if len(paths) > 1 else f"line {line}"
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
     """The one-line error for an exception of datasets."""
-    while error.__cause__:  # the outer exceptions only say that something went wrong
+    while error.__cause__ and not isinstance(error, UserError):  # the outer ones only say that something went wrong
         error = error.__cause__
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, OSError) and str(datasets.config.HF_DATASETS_CACHE) in str(error.filename):
         return unwritable_cache(name, error)
-    text = str(error).strip()
-    if isinstance(error, IndexError) or "corresponds to no data" in text:  # what datasets raises for an empty one
+    if isinstance(error, IndexError) or "corresponds to no data" in str(error):  # datasets raises it for an empty one
         return UserError(f"--dataset_name {name}: holds no examples")
-    reason = _first_bad_line(Path(name)) or (text.splitlines()[0].rstrip(".") if text else type(error).__name__)
-    suffixes = " ".join(LOADER_OF_SUFFIX)
-    hint = f"give a hub name, a directory, or a file ending in {suffixes}"
-    return UserError(f"--dataset_name {name}: cannot be loaded: {reason}; {hint}")
+    hint = f"give a hub name, a directory or files; {WHAT_IS_READ}"
+    return UserError(f"--dataset_name {name}: cannot be loaded: {one_line(error)}; {hint}")
 
 
 def unwritable_cache(name: str, error: OSError) -> UserError:
     cache, why = datasets.config.HF_DATASETS_CACHE, error.strerror or str(error)
     hint = "set HF_DATASETS_CACHE to another directory"
     return UserError(f"--dataset_name {name}: cannot be cached in {cache}: {why}; {hint}")
-
-
-def _first_bad_line(path: Path) -> str | None:
-    """The number of the first line that cannot be read, and why; None if the file type has no lines or all are fine.
-
-    datasets counts lines from 0 and within blocks, or gives no number.
-    """
-    if path.suffix not in (".json", ".jsonl", ".csv", ".txt") or not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                return f"line {number}: byte 0x{byte:02x} is not UTF-8; convert the file to UTF-8"
-            if path.suffix == ".jsonl" and text.strip():
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    return f"line {number}: {error.msg}, at character {error.pos + 1}"
-                if not isinstance(row, dict):
-                    return f"line {number}: holds a {type(row).__name__}, not an object whose keys are the columns"
-    return None
 
 
 def _require_split(splits: Iterable[str], setting: str, split: str, name: str) -> None:
@@ -206,22 +256,9 @@ def _renaming(columns: list[str], config: TrainConfig) -> dict[str, str]:
     after = [renamed.get(column, column) for column in columns]
     for old, new in renamed.items():
         others = [column for column, name in zip(columns, after, strict=True) if name == new and column != old]
-        why = f"column {', '.join(others)} would have the name {new} too; give each column a name of its own"
+        why = f"there is a column {new} already: {', '.join(others)}; give each column a name of its own"
         require(not others, "rename_columns", f"{old}={new}", why)
     return renamed
-
-
-def _identity(name: str, train: Dataset | IterableDataset) -> str:
-    """Hash of the bytes of a local source; for a hub name, the fingerprint that datasets computes."""
-    path = dataset_dir(name) or Path(name)
-    if not path.exists():
-        return f"{name} {getattr(train, '_fingerprint', '')}"
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()
 
 
 def peek(examples: Dataset | IterableDataset, name: str, count: int) -> list[dict]:

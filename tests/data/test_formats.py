@@ -38,7 +38,7 @@ def encode(config, tmp_path):
         tokenizer = load_tokenizer("embedded")
         tokenizer.chat_template = TEMPLATES.get(template)
         encoder = Encoder(tokenizer, chosen, list(example))
-        ((ids, labels),) = encoder([encoder.read(example, 7)])
+        ((ids, labels),) = encoder([encoder.read(example, "example 7")])
         assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
         return mark_trained(tokenizer, ids, labels), ids, labels
 

@@ -40,7 +40,12 @@ CASES = {
     "not UTF-8": ("d.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', [], ["line 2: byte 0xe9 is not UTF-8"]),
     "csv not UTF-8": ("d.csv", b"text\nok\ncaf\xe9\n", [], ["line 3: byte 0xe9 is not UTF-8"]),
     "lines that are no objects": ("d.jsonl", b'"a"\n"b"\n', [], ["line 1: holds a str, not an object"]),
-    "csv with a field too many": ("d.csv", b"text,id\na,1\nb,2,3\n", [], ["cannot be loaded", "line 3"]),
+    "csv with a field too many": (
+        "d.csv",
+        b"text,id\na,1\nb,2,3\n",
+        [],
+        ["line 3: has 3 fields, but the header has 2"],
+    ),
     "no parquet": ("d.parquet", b"PAR1 and nothing", [], ["cannot be loaded", "arquet"]),
     "empty file": ("d.jsonl", b"", [], ["d.jsonl: is an empty file"]),
     "rows without text": (
@@ -53,7 +58,7 @@ CASES = {
         "d.jsonl",
         lines({"text": "a"}, {"text": 3}),
         [],
-        ["example 2: column text holds a int; it must hold text"],
+        ["line 2: column text holds a int; it must hold text"],
     ),
     "no known columns": (
         "d.jsonl",
@@ -102,13 +107,13 @@ CASES = {
         "d.jsonl",
         lines({"messages": CHAT}, {"messages": [{"text": "hi"}]}),
         ["--chat_template", "TEMPLATE"],
-        ["example 2: message 1 of messages needs a role"],
+        ["line 2: message 1 of messages needs a role"],
     ),
     "a chat that the template refuses": (
         "d.jsonl",
         lines({"messages": CHAT}, {"messages": CHAT[1:]}),
         ["--chat_template", "TEMPLATE"],
-        ["example 2: the chat template refuses it: begin with the user"],
+        ["line 2: the chat template refuses it: begin with the user"],
     ),
     "chats without answers": (
         "d.jsonl",
@@ -170,7 +175,7 @@ CASES = {
         "d.jsonl",
         lines({"text": ["a", "b"], "tags": ["x"]}, {"text": ["a"], "tags": ["y"]}),
         TOKEN_CLS,
-        ["example 1: text must hold a list of words, and tags as many classes"],
+        ["line 1: text must hold a list of words, and tags as many classes"],
     ),
     "classes for a causal language model": (
         "d.jsonl",
