@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lora_dist.errors import NothingToDo, RunFailed, UserError
+from lora_dist.errors import NothingToDo, RunFailed, UserError, in_one_line
 
 MAX_YAML_DEPTH = 20  # PyYAML's time grows with the square of the depth: 90 s at 100,000
 MAX_TEXT_BYTES = 16 * 2**20  # of a settings file, a template, a state file; data and weights are not read through here
@@ -34,9 +34,8 @@ def boundary(what: str, hint: str = "") -> Iterator[None]:
 
 
 def one_line(error: BaseException, max_chars: int = 300) -> str:
-    """The error's type and text in one line without control characters, cut at `max_chars`."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    text = text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+    """The error's type and text in one line without control characters, shortened to about `max_chars`."""
+    text = in_one_line(" ".join(str(error).split()), max_chars)
     name = type(error).__name__
     return f"{text} ({name})" if text else name
 
@@ -65,8 +64,11 @@ def read_json(path: Path | str, what: str, kind: type = dict) -> Any:
     return content
 
 
-def read_yaml_settings(path: Path | str, what: str) -> dict:
+def read_yaml_settings(path: Path | str, what: str, *, as_text: bool = False) -> dict:
     """The mapping in a YAML file; an empty file is an empty mapping. Raises UserError.
+
+    With `as_text`, every scalar stays the text that the file holds, except that null and nothing are None. The caller
+    knows which type it must have; YAML 1.1 would read `no` as false, 10:13 as 613, and 1e-4 as text.
 
     Refused besides broken YAML: aliases (a few lines of them can stand for billions of values), a key that is given
     twice (the later one would win silently) and a key that is not text.
@@ -74,7 +76,7 @@ def read_yaml_settings(path: Path | str, what: str) -> dict:
     text = read_text(path, what)
     with boundary(what):
         _check_events(text)
-        content = yaml.load(text, _UniqueKeys)
+        content = yaml.load(text, _Texts if as_text else _UniqueKeys)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -103,3 +105,12 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
+
+
+class _Texts(_UniqueKeys):
+    """Reads every scalar as text; null, ~ and nothing as None."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }

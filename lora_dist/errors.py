@@ -3,13 +3,33 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_LINE_CHARS = 1500  # of an error; it may quote what a user gave
+
+
+def in_one_line(text: object, max_chars: int = MAX_LINE_CHARS) -> str:
+    """The text without line breaks and control characters. If it is longer than `max_chars`, its middle is left out.
+
+    The end stays, because an error says there what would work.
+    """
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    if len(line) <= max_chars:
+        return line
+    kept = max_chars - len(" ... ")
+    return f"{line[: kept - kept // 3]} ... {line[-(kept // 3) :]}"
+
 
 class UserError(ValueError):
     """Bad input: one line that names the setting, its value, the rule and what would work. Exit code 2."""
 
+    def __init__(self, line: str):
+        super().__init__(in_one_line(line))
+
 
 class RunFailed(Exception):
     """A run that cannot go on: one line that says why, and what was kept. Exit code 1."""
+
+    def __init__(self, line: str):
+        super().__init__(in_one_line(line))
 
 
 class NothingToDo(Exception):

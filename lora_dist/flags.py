@@ -1,16 +1,17 @@
 """Reads settings from a command line and from `--config FILE.yaml`; names the likely flag for a mistyped one."""
 
+import ast
 import copy
 import dataclasses
 import re
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from lora_dist.boundary import boundary, read_yaml_settings
 from lora_dist.config import GROUPS, TrainConfig
 from lora_dist.environment import shipped
 from lora_dist.errors import UserError, did_you_mean, require
@@ -64,8 +65,16 @@ SAME_AS = {
     for name in names.split()
 }
 
-METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
-RULES = {"int": "must be a whole number", "float": "must be a number"}
+LENGTHS = ("max_steps", "num_train_epochs")  # of which a run has one
+METAVARS = {int: "N", float: "X"}
+RULES = {"int": "must be a whole number", "float": "must be a number", "_truth": "must be true or false"}
+BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in BOOLEANS:
+        raise ValueError
+    return BOOLEANS[word.lower()]
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -94,7 +103,9 @@ class _Parser(HfArgumentParser):
         before = len(self._actions)
         super()._parse_dataclass_field(group, field)
         for action in self._actions[before:]:
-            if action.choices is None:
+            if action.type is string_to_bool:
+                action.type, action.metavar = _truth, "true|false"
+            elif action.choices is None:
                 action.metavar = METAVARS.get(action.type, "VALUE")
             if action.option_strings[0].startswith("--no_"):  # the negation that HfArgumentParser adds
                 action.help = SUPPRESS
@@ -102,11 +113,31 @@ class _Parser(HfArgumentParser):
     def error(self, message):
         """Raises UserError; argparse would print its usage and exit, on every rank."""
         message = re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message)  # names the flag in two spellings
-        if wrong := re.fullmatch(r"(--\w+): invalid (int|float) value: '(.*)'", message):
-            message = f"{wrong[1]} {wrong[3]}: {RULES[wrong[2]]}"
-        elif wrong := re.match(r"(--\w+): Truthy value expected: got (.*) but expected", message):
-            message = f"{wrong[1]} {wrong[2]}: must be true or false"
+        if wrong := re.fullmatch(r"(--\w+): invalid (int|float|_truth) value: (.*)", message, re.DOTALL):
+            message = f"{wrong[1]} {ast.literal_eval(wrong[3])}: {RULES[wrong[2]]}"
         raise UserError(message)
+
+    def convert(self, name: str, value: str | list | dict | None) -> object:
+        """The value of a setting, as YAML holds it, with the setting's type. Raises UserError, as for a flag.
+
+        It does not go through the command line, so that a value that starts with a dash is never taken for a flag.
+        """
+        action = next(action for action in self._actions if action.dest == name)
+        optional = TrainConfig.__dataclass_fields__[name].default is None
+        require(value is not None or optional, name, "", "has no value; give one, or leave the line out")
+        words = value if isinstance(value, list) and action.nargs == "+" else [value]
+        kind = "one value or a list of values" if action.nargs == "+" else "one value"
+        for word in words if value is not None else ():
+            require(isinstance(word, str), name, word, f"must be {kind}")
+        if value is None:
+            return None
+        try:
+            values = [self._get_value(action, word) for word in words]
+            for checked in values:
+                self._check_value(action, checked)
+        except ArgumentError as error:
+            self.error(str(error))
+        return values if action.nargs == "+" else values[0]
 
 
 def _parser(defaults: TrainConfig, description: str, prog: str | None = None) -> _Parser:
@@ -133,16 +164,14 @@ def parse_config(
     """
     parser = _parser(defaults, description, prog)
     file = parser.parse_known_args(argv)[0].config
-    settings = _read_yaml(file) if file else {}
-    if file:
-        _check_file(_parser(defaults, description), file, settings)
+    settings = _read_file(parser, file) if file is not None else {}
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+    for name, other in (LENGTHS, LENGTHS[::-1]):
         if name in given:  # a flag replaces the other one in the file
             settings.pop(other, None)
         if name in given or settings.get(name) is not None:
             parser.set_defaults(**{other: None})
-    argv = as_flags(settings) + argv
+    parser.set_defaults(**settings)
     config, _, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -187,33 +216,29 @@ def hint(name: str) -> str:
     return did_you_mean(name, [*names, "config"], "--help lists them", prefix="--")
 
 
-def _read_yaml(file: str) -> dict:
+def _read_file(parser: _Parser, file: str) -> dict:
+    """The settings in a YAML file, with their types. Raises UserError, which names the file."""
     path = shipped("recipes") / "configs" / f"{file}.yaml"
-    if not path.is_file():
-        path = Path(file)
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from None
-    require(isinstance(settings, dict), "config", path, "must hold one `name: value` per line")
-    return settings
-
-
-def _check_file(parser: _Parser, file: str, settings: dict) -> None:
-    """Raises UserError, which names the file, if it holds an unknown setting or a value of the wrong type."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    for name in settings:
-        require(name in names, "config", f"{file}: {name}", f"no such setting; {hint(str(name))}")
-    try:
-        parser.parse_known_args(as_flags(settings))
-    except UserError as error:
-        raise UserError(f"--config {file}: {error}") from None
+    what = f"--config {file}"
+    with boundary(what):
+        path = path if path.is_file() else Path(file)
+    settings = {}
+    for name, value in read_yaml_settings(path, what, as_text=True).items():
+        require(name in TrainConfig.__dataclass_fields__, "config", f"{file}: {name}", f"no such setting; {hint(name)}")
+        try:
+            settings[name] = parser.convert(name, value)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from None
+    # null means that the other one says how long to train. If both are null, the recipe decides.
+    return {name: value for name, value in settings.items() if value is not None or name not in LENGTHS}
 
 
 def as_flags(settings: dict) -> list[str]:
-    """{"lora_r": 8} as ["--lora_r", "8"], so that a file is read with the types and errors of the command line."""
+    """{"lora_r": 8} as ["--lora_r=8"]. Settings without a value are left out."""
     flags = []
     for name, value in settings.items():
-        if value is not None:
-            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")
     return flags

@@ -65,7 +65,7 @@ def test_an_unknown_key_of_a_file_is_named_with_the_file(tmp_path):
         ("lora_r: many", "--lora_r many: must be a whole number"),
         ("learning_rate: fast", "--learning_rate fast: must be a number"),
         ("packing: perhaps", "--packing perhaps: must be true or false"),
-        ("- lora_r", "must hold one `name: value` per line"),
+        ("- lora_r", "it must hold one `name: value` per line, not a list"),
     ],
 )
 def test_a_wrong_type_in_a_file_names_the_file(tmp_path, text, end):

@@ -1,0 +1,87 @@
+"""Settings files as people write them: each value is read with its type of setting, or refused in a line."""
+
+import dataclasses
+import os
+
+import pytest
+
+from lora_dist.config import TrainConfig
+from lora_dist.errors import RunFailed, UserError
+from lora_dist.flags import as_flags, parse_config
+from lora_dist.run.folder import write_config
+
+
+def read(folder, content: bytes | str) -> TrainConfig:
+    (folder / "c.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    return parse_config(TrainConfig(), ["--config", str(folder / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("mixed_precision: no", "no"),
+        ("profile_steps: 10:13", "10:13"),  # 613 in YAML 1.1
+        ("learning_rate: 1e-4", 1e-4),  # text in YAML 1.1
+        ("packing: on", True),
+        ("gradient_checkpointing: No", False),
+        ("dataset_name: 2026-01-31", "2026-01-31"),  # a date
+        ("output_dir: 007", "007"),
+        ("sample_prompt: --help", "--help"),
+        ("sample_prompt: 'null'", "null"),
+        ("lora_target_modules: q_proj", ["q_proj"]),
+        ("rename_columns: [yes=text]", ["yes=text"]),
+        ("dataset_text_field: ~", None),
+    ],
+)
+def test_a_value_is_read_as_its_setting_says(tmp_path, line, value):
+    assert getattr(read(tmp_path, line), line.partition(":")[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("help: true", "help: no such setting"),
+        ("config: other.yaml", "config: no such setting"),
+        ("lora_r: 8\nlora_r: 16", "line 2: lora_r is given twice"),
+        ("lora_r: [8, 16]", "--lora_r ['8', '16']: must be one value"),
+        ("lora_r: {a: 8}", "--lora_r {'a': '8'}: must be one value"),
+        ("lora_target_modules: [[a]]", "--lora_target_modules ['a']: must be one value or a list of values"),
+        ("lora_r:", "--lora_r : has no value"),
+        ("lora_r: 8.0", "--lora_r 8.0: must be a whole number"),
+        ("lora_r: true", "--lora_r true: must be a whole number"),
+        ("lora_r: " + "9" * 5000, "must be a whole number"),
+        ("packing: maybe", "--packing maybe: must be true or false"),
+        ("quantization: int4", "--quantization: invalid choice: 'int4'"),
+        ("sample_prompt: !!binary aGk=", "must be one value"),
+        (b"sample_prompt: caf\xe9", "UnicodeDecodeError"),
+        ("a: &x [b]\nc: *x", "aliases"),
+    ],
+)
+def test_a_file_that_is_refused(tmp_path, content, says):
+    with pytest.raises(UserError) as raised:
+        read(tmp_path, content)
+    line = str(raised.value)
+    assert line.startswith(f"--config {tmp_path}/c.yaml") and says in line and "\n" not in line and len(line) < 2000
+
+
+@pytest.mark.parametrize("name", ["", ".", "nul\0", "x" * 10_000, "pipe"])
+def test_a_file_that_is_none_is_refused_without_waiting(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match="^--config "):
+        parse_config(TrainConfig(), ["--config", name])
+
+
+@pytest.mark.parametrize("prompt", ["--help", "--lora_r=4", "-1", "", "no", "a: b", "# c", "two\nlines", " x ", "ü"])
+def test_what_a_run_wrote_reads_back(tmp_path, prompt):
+    config = TrainConfig(sample_prompt=prompt, dataset_text_field=None, max_steps=7)
+    write_config(tmp_path / "config.yaml", config)
+    defaults = dataclasses.replace(config, dataset_text_field="quote", sample_prompt="other")
+    assert parse_config(defaults, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert parse_config(config, as_flags({"sample_prompt": prompt})) == config
+
+
+def test_an_error_is_one_line_of_bounded_length_and_keeps_its_end():
+    for error in (UserError, RunFailed):
+        line = str(error("--x " + "long\n\x1b[31m" * 10_000 + ": use y"))
+        assert line.isprintable() and len(line) <= 1500 and line.startswith("--x long") and line.endswith(": use y")
