@@ -7,6 +7,9 @@ reads the settings from a command line and a YAML file.
 
 import dataclasses
 import importlib.util
+import re
+import typing
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,24 +19,85 @@ from lora_dist.errors import did_you_mean, require
 # accelerate's trackers that may be named beside Weights & Biases; each needs its package.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
 
+MAX_TEXT_CHARS = 4096  # of a name or a path; Linux takes no longer path
+MAX_PROMPT_CHARS = 100_000
+MAX_STEPS = 10_000_000
+MAX_TOKENS = 2**30  # of a rank and step, if every row is as long as --max_length
+WEEK_S = 7 * 24 * 3600
 
-def setting(default, help: str, *, resume: Literal["fixed", "ask", "free"] = "fixed"):
-    """A field of a config class.
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may be."""
+
+    low: float
+    high: float
+    unit: str = ""  # in the plural
+    without: str = ""  # the ends that are not allowed themselves: "low", "high" or "low and high"
+
+    def hold(self, value: float) -> bool:
+        ends = (self.low if "low" in self.without else None, self.high if "high" in self.without else None)
+        return self.low <= value <= self.high and value not in ends  # False for nan
+
+    def __str__(self) -> str:
+        low = f"above {self.low:,}" if "low" in self.without else f"{self.low:,} or more"
+        high = f"below {self.high:,}" if "high" in self.without else f"at most {self.high:,}"
+        return f"{low} and {high} {self.unit}".rstrip()
+
+
+STEPS, STEPS_OR_0 = Bounds(1, MAX_STEPS, "steps"), Bounds(0, MAX_STEPS, "steps")
+RANKS, SEQUENCES = Bounds(1, 65_536, "ranks"), Bounds(1, 65_536, "sequences")
+CHECKPOINTS = Bounds(1, 1_000_000, "checkpoints")
+
+
+def setting(default, help: str, bounds: Bounds | None = None, *, resume: Literal["fixed", "ask", "free"] = "fixed"):
+    """A field of a config class. Every number has bounds.
 
     `resume` says whether a run that is continued may use another value. "free": yes, because it changes nothing about
     the training. "ask": only if --allow_config_change names it. "fixed": no, because it would alter the shape of the
     saved state or the order of the data.
     """
-    metadata = {"help": help, "resume": resume}
+    metadata = {"help": help, "resume": resume, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _check_at_least(config, minimum: float, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value >= minimum, name, value, f"must be {minimum} or more")
+def _check_value(name: str, value, annotation, bounds: Bounds | None) -> None:
+    """Raises UserError unless a setting's value has its type, is within its bounds, and is text of one line."""
+    if value is None and type(None) in typing.get_args(annotation):
+        return
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    if bounds:
+        kind = "a whole number" if int in kinds else "a number"
+        numeric = isinstance(value, int if int in kinds else (int, float)) and not isinstance(value, bool)
+        require(numeric, name, value, f"must be {kind}, {bounds}")
+        require(bounds.hold(value), name, value, f"must be {bounds}")
+    elif bool in kinds:
+        require(isinstance(value, bool), name, value, "must be true or false")
+    elif list[str] in kinds or annotation == list[str]:
+        require(isinstance(value, list), name, value, "must be a list of words")
+        for word in value:
+            _check_text(name, word)
+            require(not word.startswith("-"), name, word, "must not start with a dash: it would be read as a flag")
+    elif str in kinds:
+        _check_text(name, value)
+    else:  # Literal
+        require(value in kinds, name, value, f"must be one of {', '.join(kinds)}")
+
+
+def _check_text(name: str, text) -> None:
+    """Raises UserError unless it is text that can be a name: not empty, not too long, and in one line."""
+    require(isinstance(text, str), name, text, "must be text")
+    most = MAX_PROMPT_CHARS if name == "sample_prompt" else MAX_TEXT_CHARS
+    require(len(text) <= most, name, text, f"has {len(text):,} characters; it must have at most {most:,}")
+    if name == "sample_prompt":  # a text, which may have several lines
+        broken = next((c for c in text if unicodedata.category(c) == "Cs" or c == "\0"), None)
+    else:
+        require(text.strip(), name, repr(text), "is empty; give a value, or leave it out")
+        broken = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+    what = "bytes that are not UTF-8" if str(broken) >= "\ud800" else f"the character {broken!r}"
+    require(broken is None, name, text, f"has {what}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -52,7 +116,10 @@ class DataSettings:
         None, "Split to evaluate on, or none. Default: test, if the data set has one.", resume="ask"
     )
     eval_fraction: float = setting(
-        0.05, "Fraction of the rows to hold out for evaluation if there is no split for it; 0 for none.", resume="ask"
+        0.05,
+        "Fraction of the rows to hold out for evaluation if there is no split for it; 0 for none.",
+        Bounds(0, 1, without="high"),
+        resume="ask",
     )
     streaming: bool = setting(
         False, "Read the data while training, for data that is too large for the disk. Needs --max_steps."
@@ -68,7 +135,9 @@ class DataSettings:
         "SEQ_CLS: column that holds the class of a row, or a list of its classes. TOKEN_CLS: column that holds the "
         "classes of a row's words.",
     )
-    num_labels: int | None = setting(None, "SEQ_CLS, TOKEN_CLS: use only this many classes, the most frequent ones.")
+    num_labels: int | None = setting(
+        None, "SEQ_CLS, TOKEN_CLS: use only this many classes, the most frequent ones.", Bounds(1, 1_000_000, "classes")
+    )
     dataset_text_field: str | None = setting(
         None, "Column that holds the text to train on. Default: text.", resume="ask"
     )
@@ -84,7 +153,7 @@ class DataSettings:
         False, "Train on prompts and on every turn of a chat, not only on completions and the assistant's turns.",
         resume="ask",
     )  # fmt: skip
-    max_length: int = setting(512, "Longest row, in tokens.", resume="ask")
+    max_length: int = setting(512, "Longest row, in tokens.", Bounds(2, 2**24, "tokens"), resume="ask")
     overlong_rows: Literal["truncate", "split", "drop"] = setting(
         "truncate", "What to do with rows longer than --max_length: cut the end off, split them, or leave them out.",
         resume="ask",
@@ -99,16 +168,17 @@ class DataSettings:
     strict: bool = setting(False, "Refuse data that would otherwise cause a warning.", resume="free")
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("max_length", "num_labels"))
-        require(self.max_length >= 2, "max_length", self.max_length, "must be 2 or more: a token predicts the next one")
-        fraction = self.eval_fraction
-        require(0 <= fraction < 1, "eval_fraction", fraction, "must be at least 0 and below 1")
         grouped = self.train_sampling_strategy == "group_by_length"
         why = "has no effect with --packing true, which leaves almost no padding"
         require(not (grouped and self.packing), "train_sampling_strategy", self.train_sampling_strategy, why)
         for pair in self.rename_columns or ():
             old, _, new = pair.partition("=")
             require(old and new, "rename_columns", pair, "must be OLD=NEW, e.g. question=prompt")
+        pairs = [pair.split("=", 1) for pair in self.rename_columns or ()]
+        for end, names in (("from", [old for old, _ in pairs]), ("to", [new for _, new in pairs])):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            shown = " ".join(self.rename_columns or ())
+            require(twice is None, "rename_columns", shown, f"renames {end} {twice} twice; name each column once")
 
 
 @dataclass(frozen=True)
@@ -150,11 +220,12 @@ class BaseSettings:
         None,
         "hsdp: number of ranks that share one copy of the base. Default: the ranks of a node, so that the base never "
         "crosses nodes.",
+        RANKS,
         resume="free",
     )
     memory_budget_gib: float | None = setting(
         None, "Memory per rank that --resident_layers auto plans with. Default: what is free on the device.",
-        resume="free",
+        Bounds(0, 1_000_000, "GiB", without="low"), resume="free",
     )  # fmt: skip
     gather_once: bool = setting(
         False,
@@ -166,18 +237,16 @@ class BaseSettings:
         None, "DeepSpeed config (.json) for the deepspeed launcher; an accelerate config names its own.", resume="free"
     )
     context_parallel_size: int = setting(
-        1, "Number of ranks that share each row, for rows that are too long for one GPU.", resume="ask"
+        1, "Number of ranks that share each row, for rows that are too long for one GPU.", RANKS, resume="ask"
     )
     gradient_checkpointing: bool = setting(
         True, "Recompute each layer's activations in the backward pass instead of keeping them.", resume="free"
     )
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("shard_size", "context_parallel_size"))
         resident, budget = self.resident_layers, self.memory_budget_gib
-        valid = resident in ("all", "auto") or resident.isdigit()
+        valid = resident in ("all", "auto") or re.fullmatch("[0-9]{1,6}", resident)
         require(valid, "resident_layers", resident, "must be a number, all or auto")
-        require(budget is None or budget > 0, "memory_budget_gib", budget, "must be above 0")
         auto = resident == "auto"
         require(budget is None or auto, "memory_budget_gib", budget, "has no effect without --resident_layers auto")
         useless = self.quantized_cache and self.quantization == "none"
@@ -188,9 +257,13 @@ class BaseSettings:
 class LoraSettings:
     """LoRA"""
 
-    lora_r: int = setting(16, "Rank of the adapters.")
-    lora_alpha: int = setting(32, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = setting(0.05, "Dropout on the input of the adapters.", resume="ask")
+    lora_r: int = setting(16, "Rank of the adapters.", Bounds(1, 65_536))
+    lora_alpha: int = setting(
+        32, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.", Bounds(1, 1_000_000)
+    )
+    lora_dropout: float = setting(
+        0.05, "Dropout on the input of the adapters.", Bounds(0, 1, without="high"), resume="ask"
+    )
     lora_target_modules: list[str] = setting(
         ["q_proj", "v_proj"], "Names of the linear layers that get an adapter, or all-linear."
     )
@@ -203,57 +276,69 @@ class LoraSettings:
         None, "Names of modules, such as lm_head, that are trained whole and saved with the adapter."
     )
     loraplus_lr_ratio: float | None = setting(
-        None, "LoRA+: learning rate of lora_B as a multiple of the learning rate of lora_A, e.g. 16."
+        None,
+        "LoRA+: learning rate of lora_B as a multiple of the learning rate of lora_A, e.g. 16.",
+        Bounds(0, 1_000_000, without="low"),
     )
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("lora_r", "lora_alpha"))
-        dropout, ratio = self.lora_dropout, self.loraplus_lr_ratio
-        require(0 <= dropout < 1, "lora_dropout", dropout, "must be at least 0 and below 1")
-        require(ratio is None or ratio > 0, "loraplus_lr_ratio", ratio, "must be above 0, e.g. 16")
+        require(self.lora_target_modules, "lora_target_modules", "", "is empty; give names, or all-linear")
 
 
 @dataclass(frozen=True)
 class OptimizationSettings:
     """Batches and optimization"""
 
-    per_device_train_batch_size: int = setting(4, "Sequences per micro-batch.")
-    gradient_accumulation_steps: int = setting(4, "Micro-batches per rank and optimizer step.")
-    per_device_eval_batch_size: int = setting(8, "Sequences per evaluation micro-batch.", resume="free")
+    per_device_train_batch_size: int = setting(4, "Sequences per micro-batch.", SEQUENCES)
+    gradient_accumulation_steps: int = setting(
+        4, "Micro-batches per rank and optimizer step.", Bounds(1, 1_000_000, "micro-batches")
+    )
+    per_device_eval_batch_size: int = setting(8, "Sequences per evaluation micro-batch.", SEQUENCES, resume="free")
     max_steps: int | None = setting(
-        None, "Number of optimizer steps; give this or --num_train_epochs, not both.", resume="ask"
+        None, "Number of optimizer steps; give this or --num_train_epochs, not both.", STEPS, resume="ask"
     )
     num_train_epochs: float | None = setting(
-        None, "Number of passes over the data; give this or --max_steps, not both.", resume="ask"
+        None,
+        "Number of passes over the data; give this or --max_steps, not both.",
+        Bounds(0, 10_000, "epochs", without="low"),
+        resume="ask",
     )
-    learning_rate: float = setting(2e-4, "Highest learning rate.", resume="ask")
-    warmup_steps: int = setting(100, "Number of steps of linear warm-up.", resume="ask")
+    learning_rate: float = setting(2e-4, "Highest learning rate.", Bounds(0, 1, without="low and high"), resume="ask")
+    warmup_steps: int = setting(100, "Number of steps of linear warm-up.", STEPS_OR_0, resume="ask")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", "Schedule of the learning rate after the warm-up.", resume="ask"
     )
     optim: Literal["adamw_torch"] = setting("adamw_torch", "Optimizer.")
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", resume="ask")
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", Bounds(0, 1_000), resume="ask")
     max_grad_norm: float = setting(
-        1.0, "Clip the gradient of the whole batch to this norm; 0 for no clipping.", resume="ask"
+        1.0, "Clip the gradient of the whole batch to this norm; 0 for no clipping.", Bounds(0, 1_000_000), resume="ask"
     )
-    seed: int = setting(42, "Seed of the data order, the initial adapters and dropout.")
+    seed: int = setting(42, "Seed of the data order, the initial adapters and dropout.", Bounds(0, 2**32 - 1))
     max_bad_steps: int = setting(
-        3, "End the run after this many steps in a row whose loss or gradient is not finite.", resume="free"
+        3, "End the run after this many steps in a row whose loss or gradient is not finite.", STEPS, resume="free"
     )
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("per_device_train_batch_size", "gradient_accumulation_steps",
-                                  "per_device_eval_batch_size", "max_steps", "max_bad_steps"))  # fmt: skip
-        _check_at_least(self, 0, ("warmup_steps", "weight_decay", "max_grad_norm", "seed"))
         rate, epochs = self.learning_rate, self.num_train_epochs
-        require(0 < rate < 1, "learning_rate", rate, "must be above 0 and below 1, e.g. 2e-4")
-        require(epochs is None or epochs > 0, "num_train_epochs", epochs, "must be above 0")
         both = self.max_steps is not None and epochs is not None
         why = f"and --num_train_epochs {epochs} exclude each other: give one of them"
         require(not both, "max_steps", self.max_steps, why)
-        dead = self.max_steps == 1 and self.warmup_steps  # the warm-up starts at a learning rate of 0
-        why = f"trains nothing with --warmup_steps {self.warmup_steps}: give more steps, or --warmup_steps 0"
-        require(not dead, "max_steps", 1, why)
+        if self.max_steps:
+            check_warmup(self, self.max_steps)
+        ratio = self.loraplus_lr_ratio or 1
+        why = f"times --learning_rate {rate} is {rate * ratio:.3g}, the rate of lora_B; it must be below 1"
+        require(rate * ratio < 1, "loraplus_lr_ratio", ratio, why)
+        why = f"times --learning_rate {rate} is {rate * self.weight_decay:.3g}; it must be below 1"
+        require(rate * self.weight_decay < 1, "weight_decay", self.weight_decay, why)
+
+
+def check_warmup(config: "OptimizationSettings", num_steps: int) -> None:
+    """Raises UserError if every step of the run has a learning rate of 0. A warm-up begins there."""
+    dead = num_steps == 1 and config.warmup_steps and config.lr_scheduler_type != "constant"
+    name = "max_steps" if config.max_steps else "num_train_epochs"
+    what = "trains nothing" if config.max_steps else "is 1 step, which trains nothing"
+    why = f"{what} with --warmup_steps {config.warmup_steps}: give more steps, or --warmup_steps 0"
+    require(not dead, name, getattr(config, name), why)
 
 
 @dataclass(frozen=True)
@@ -262,10 +347,13 @@ class RunSettings:
 
     output_dir: str | None = setting(None, "Run folder. Default: runs/<recipe>-<date>-<time>.", resume="free")
     save_steps: int = setting(
-        50, "Save a checkpoint every this many steps; 0 for only at the end and on a signal.", resume="free"
+        50, "Save a checkpoint every this many steps; 0 for only at the end and on a signal.", STEPS_OR_0, resume="free"
     )
     save_total_limit: int = setting(
-        2, "Number of newest checkpoints to keep, beside the one with the lowest held-out loss.", resume="free"
+        2,
+        "Number of newest checkpoints to keep, beside the one with the lowest held-out loss.",
+        CHECKPOINTS,
+        resume="free",
     )
     resume_from_checkpoint: str = setting(
         "auto",
@@ -278,14 +366,17 @@ class RunSettings:
         resume="free",
     )  # fmt: skip
     max_failed_saves: int = setting(
-        3, "End the run after this many checkpoints in a row that could not be written.", resume="free"
+        3, "End the run after this many checkpoints in a row that could not be written.", CHECKPOINTS, resume="free"
     )
     rank_timeout_s: float = setting(
-        60, "Seconds without a sign of life after which a rank counts as dead.", resume="free"
+        60,
+        "Seconds without a sign of life after which a rank counts as dead.",
+        Bounds(5, WEEK_S, "seconds"),
+        resume="free",
     )
     step_timeout_s: float = setting(
         600, "Seconds without a finished micro-batch after which the run counts as stalled and ends; 0 for never.",
-        resume="free",
+        Bounds(0, WEEK_S, "seconds"), resume="free",
     )  # fmt: skip
     prepare_only: bool = setting(
         False, "Download the base, tokenize the data, check both against the settings, then leave. Needs no GPU.",
@@ -293,10 +384,6 @@ class RunSettings:
     )  # fmt: skip
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("save_total_limit", "max_failed_saves"))
-        _check_at_least(self, 0, ("save_steps", "step_timeout_s"))
-        timeout_s = self.rank_timeout_s
-        require(timeout_s >= 5, "rank_timeout_s", timeout_s, "must be 5 or more: ranks give a sign of life each second")
         _check_allowed_changes(self.allow_config_change or ())
 
 
@@ -304,8 +391,10 @@ class RunSettings:
 class TrackingSettings:
     """Logging, evaluation and publishing"""
 
-    logging_steps: int = setting(1, "Log every this many steps.", resume="free")
-    eval_steps: int = setting(0, "Evaluate every this many steps; 0 for only at the start and the end.", resume="free")
+    logging_steps: int = setting(1, "Log every this many steps.", STEPS, resume="free")
+    eval_steps: int = setting(
+        0, "Evaluate every this many steps; 0 for only at the start and the end.", STEPS_OR_0, resume="free"
+    )
     report_to: str = setting(
         "wandb",
         "Where metrics go beside metrics.jsonl: none, or some of wandb, tensorboard, trackio and accelerate's other "
@@ -316,7 +405,9 @@ class TrackingSettings:
         False, "Also store the adapter in Weights & Biases, as an artifact.", resume="free"
     )
     sample_prompt: str = setting("", "Prompt to complete at each evaluation; empty for none.", resume="free")
-    num_eval_samples: int = setting(0, "Number of held-out rows to complete at each evaluation.", resume="free")
+    num_eval_samples: int = setting(
+        0, "Number of held-out rows to complete at each evaluation.", Bounds(0, 100_000, "rows"), resume="free"
+    )
     profile_steps: str | None = setting(
         None, "FIRST:LAST, e.g. 10:13: write a trace of these steps for each rank, to be opened in Perfetto.",
         resume="free",
@@ -325,18 +416,18 @@ class TrackingSettings:
     hub_model_id: str | None = setting(None, "Repository on the hub to push the adapter to.", resume="free")
 
     def check(self) -> None:
-        _check_at_least(self, 1, ("logging_steps",))
-        _check_at_least(self, 0, ("eval_steps", "num_eval_samples"))
         _check_trackers(self.report_to)
         to_wandb = "wandb" in self.report_to.split(",")
         why = "has no effect without --report_to wandb"
         require(to_wandb or not self.wandb_log_adapter, "wandb_log_adapter", True, why)
-        first, _, last = (self.profile_steps or "1:1").partition(":")
-        fits = first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+        steps = re.fullmatch("([0-9]{1,8}):([0-9]{1,8})", self.profile_steps or "1:1")
+        fits = steps and 1 <= int(steps[1]) <= int(steps[2])
         require(fits, "profile_steps", self.profile_steps, "must be FIRST:LAST, steps counted from 1, e.g. 10:13")
         require(not self.push_to_hub or self.hub_model_id, "push_to_hub", True, "needs --hub_model_id USER/NAME")
         why = "has no effect without --push_to_hub true"
         require(self.push_to_hub or not self.hub_model_id, "hub_model_id", self.hub_model_id, why)
+        name = re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", self.hub_model_id or "any", re.ASCII)
+        require(name, "hub_model_id", self.hub_model_id, "must be USER/NAME, of letters, digits, -, _ and .")
 
 
 # In the order of --help. A dataclass takes the fields of its last parent first.
@@ -348,8 +439,14 @@ class TrainConfig(*reversed(GROUPS)):
     """All settings of a run. Raises UserError if one of them is not valid."""
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            _check_value(f.name, getattr(self, f.name), f.type, f.metadata["bounds"])
         for group in GROUPS:
             group.check(self)
+        tokens = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.max_length
+        counts = f"--gradient_accumulation_steps {self.gradient_accumulation_steps} --max_length {self.max_length}"
+        why = f"with {counts}: {tokens:,} tokens per rank and step; it must be at most {MAX_TOKENS:,}"
+        require(tokens <= MAX_TOKENS, "per_device_train_batch_size", self.per_device_train_batch_size, why)
         if self.streaming:
             why = "needs --max_steps: the length of a stream is not known before its end"
             require(self.num_train_epochs is None, "streaming", True, why)

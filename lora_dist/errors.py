@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 MAX_LINE_CHARS = 1500  # of an error; it may quote what a user gave
+MAX_VALUE_CHARS = 200  # of a setting's value in it
 
 
 def in_one_line(text: object, max_chars: int = MAX_LINE_CHARS) -> str:
@@ -39,7 +40,7 @@ class NothingToDo(Exception):
 def require(condition, name: str, value, rule: str) -> None:
     """Raise the one-line error for `--name value` unless the condition holds."""
     if not condition:
-        raise UserError(f"--{name} {value}: {rule}")
+        raise UserError(f"--{name} {in_one_line(value, MAX_VALUE_CHARS)}: {rule}")
 
 
 def did_you_mean(word: str, valid: Iterable[str], otherwise: str, *, prefix: str = "") -> str:

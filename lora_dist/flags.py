@@ -99,7 +99,8 @@ class _Parser(HfArgumentParser):
         found = [group for group in self._action_groups if group.title == title]
         group = found[0] if found else self.add_argument_group(title)
         field = copy.copy(field)
-        field.metadata = {"help": field.metadata["help"]}
+        bounds = field.metadata["bounds"]
+        field.metadata = {"help": field.metadata["help"] + (f" It must be {bounds}." if bounds else "")}
         before = len(self._actions)
         super()._parse_dataclass_field(group, field)
         for action in self._actions[before:]:
