@@ -6,9 +6,10 @@ are read with pread, so a rank reads exactly the bytes that it asked for, and ma
 """
 
 import json
+import math
 import os
-import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import _get_resolved_checkpoint_files, str_to_torch_dtype
 
+from lora_dist.boundary import boundary, read_json
 from lora_dist.embedded import model_path
 from lora_dist.errors import UserError
 from lora_dist.files import write_whole
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # a sharded checkpoint has an index of this name instead
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+AGAIN = "download it again, or save the model as safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,42 +67,121 @@ class LazyTensor:
 def weight_files(name: str) -> list[Path]:
     """The checkpoint files of a model directory or hub name: safetensors, or .bin if there are none.
 
-    Downloads them if needed. Raises UserError if there are none.
+    Downloads them if needed. Raises UserError if there are none, or if the index of a sharded checkpoint is damaged.
     """
-    try:
-        files, _ = _get_resolved_checkpoint_files(
-            model_path(name), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False
-        )
-    except OSError as error:
-        raise UserError(f"--model_name_or_path {name}: {str(error).strip().splitlines()[0]}") from None
-    return [Path(file) for file in files]
+    folder, what = Path(model_path(name)), f"--model_name_or_path {name}"
+    if not folder.is_dir():
+        with boundary(what):
+            downloaded, _ = _get_resolved_checkpoint_files(
+                str(folder), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False
+            )
+        folder = Path(downloaded[0]).parent
+    for single in SINGLE_FILES:
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return [folder / file_name for file_name in sorted(set(_read_index(index).values()))]
+    raise UserError(f"{what}: no file named {' or '.join(SINGLE_FILES)}, nor an index of several files")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file name of each tensor of a sharded checkpoint. Raises UserError unless each is a file of its folder."""
+    what = f"--model_name_or_path {index}"
+    file_of = read_json(index, what).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
+        raise UserError(f"{what}: its weight_map must give the file name of each tensor; download it again")
+    for name in sorted(set(file_of.values())):
+        # In the hub's cache each file of a snapshot is a link to ../../blobs.
+        folder = index.parent.resolve()
+        allowed = folder.parents[1] if folder.parent.name == "snapshots" else folder
+        if Path(name).name != name or not (index.parent / name).resolve().is_relative_to(allowed):
+            raise UserError(f"{what}: it names {name!r}, which is outside of its folder; put the file into the folder")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{what}: it names {name!r}, which is not there; download it again")
+    return file_of
+
+
+def open_checkpoint(name: str) -> dict[str, LazyTensor]:
+    """All tensors of a model directory or hub name. Reads only the headers. Raises UserError if a file is damaged."""
+    files = weight_files(name)
+    by_file = {file.name: open_weights([file]) for file in files}
+    index = files[0].parent / f"{SINGLE_FILES[files[0].suffix != '.safetensors']}.index.json"
+    if files[0].name not in SINGLE_FILES:
+        for tensor, file_name in _read_index(index).items():
+            if tensor not in by_file[file_name]:
+                raise UserError(f"--model_name_or_path {index}: {file_name} holds no {tensor}; download it again")
+    return open_weights(files)
 
 
 def open_weights(files: list[Path]) -> dict[str, LazyTensor]:
     """All tensors of the files, by name. Reads only the headers. Raises UserError if a file is damaged."""
     tensors = {}
     for file in files:
-        tensors |= _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+        with boundary(f"--model_name_or_path {file}", hint=AGAIN):
+            found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise UserError(f"--model_name_or_path {file}: {twice[0]} is in another file too; {AGAIN}")
+        tensors |= found
     return tensors
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    entries, start = read_safetensors_header(file)
+    return _lazy_tensors(
+        file,
+        {
+            name: (tuple(entry["shape"]), str_to_torch_dtype[entry["dtype"]], start + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        },
+    )
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
+    """(the entries of a safetensors file by tensor, offset of the first tensor's byte).
+
+    Raises an exception unless the tensors have known dtypes, fill their bytes exactly, and lie one after another to the
+    end of the file, as safetensors demands. Otherwise a tensor could be made of the bytes of another one.
+    """
     size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            (header_size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(header_size, size)))
-        header.pop("__metadata__", None)
-        complete = max((e["data_offsets"][1] for e in header.values()), default=0) + 8 + header_size <= size
-    except (struct.error, ValueError):
-        complete = False
-    if not complete:
-        raise UserError(f"--model_name_or_path {file}: the file is truncated or damaged; download it again")
-    locations = {
-        name: (tuple(e["shape"]), str_to_torch_dtype[e["dtype"]], 8 + header_size + e["data_offsets"][0])
-        for name, e in header.items()
-    }
-    return _lazy_tensors(file, locations)
+    with open(file, "rb") as stream:
+        (header_size,) = struct.unpack("<Q", stream.read(8))
+        if header_size > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"the file is truncated or damaged: it has {size} bytes, its header {header_size}")
+        header = json.loads(stream.read(header_size).decode(), object_pairs_hook=_without_repeats)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    end = 0
+    for start, stop, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
+        if start != end:
+            raise ValueError(f"the bytes of {name} begin at {start}, but those before it end at {end}")
+        end = stop
+    if end != size - 8 - header_size:
+        found = size - 8 - header_size
+        raise ValueError(f"the file is truncated or damaged: it has {found} bytes of tensors, its header says {end}")
+    return header, 8 + header_size
+
+
+def _offsets(name: str, entry: dict) -> tuple[int, int]:
+    """First and last byte of a tensor. Raises an exception unless its shape and dtype need just as many."""
+    shape, (start, stop) = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{name} has the shape {shape} and the offsets {start}, {stop}")
+    if entry["dtype"] not in str_to_torch_dtype:
+        raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+    needed = math.prod(shape) * str_to_torch_dtype[entry["dtype"]].itemsize
+    if needed != stop - start:
+        raise ValueError(f"{name} of shape {shape} needs {needed} bytes and has {stop - start}")
+    return start, stop
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these pairs. Raises ValueError if it has a name twice, because the later one would win silently."""
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return dict(pairs)
 
 
 def _lazy_tensors(file: Path, locations: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
@@ -138,21 +223,30 @@ def _pread(descriptor: int, numel: int, dtype: torch.dtype, offset: int) -> torc
 
 def _open_bin(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a .bin file. Under FakeTensorMode torch.load reads no data, but records each storage's offset."""
-    try:
-        with FakeTensorMode():
-            tensors = torch.load(file, weights_only=True)
-        return _lazy_tensors(file, {name: _location_in_zip(tensor) for name, tensor in tensors.items()})
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {file}: {reason}; save the model as safetensors") from None
+    if zipfile.is_zipfile(file):  # first: torch.load ends with SIGSEGV where it swaps the bytes of a fake tensor
+        with zipfile.ZipFile(file) as archive:
+            orders = [archive.read(entry) for entry in archive.namelist() if entry.endswith("/byteorder")]
+            if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()) or orders not in (
+                [],
+                [b"little"],
+            ):
+                raise ValueError("its tensors are not stored as plain little-endian numbers")
+    with FakeTensorMode():
+        tensors = torch.load(file, weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError("it holds something else than tensors by name")
+    return _lazy_tensors(file, {name: _location_in_zip(tensor, file) for name, tensor in tensors.items()})
 
 
-def _location_in_zip(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
+def _location_in_zip(tensor: torch.Tensor, file: Path) -> tuple[tuple[int, ...], torch.dtype, int]:
     """(shape, dtype, offset of the first byte) of a fake tensor in its file."""
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None or not tensor.is_contiguous():
         raise ValueError("its tensors are not stored row by row")
-    return tuple(tensor.shape), tensor.dtype, start + tensor.storage_offset() * tensor.element_size()
+    first = start + tensor.storage_offset() * tensor.element_size()
+    if first + tensor.numel() * tensor.element_size() > file.stat().st_size:
+        raise ValueError("the file is truncated or damaged")
+    return tuple(tensor.shape), tensor.dtype, first
 
 
 @dataclass(frozen=True)

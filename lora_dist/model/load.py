@@ -26,7 +26,7 @@ from lora_dist.embedded import model_path
 from lora_dist.environment import cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.model.bitsandbytes_format import pop_stored_quantization, read_bitsandbytes
-from lora_dist.model.lazy_weights import open_weights, weight_files
+from lora_dist.model.lazy_weights import open_checkpoint
 from lora_dist.model.loader_hooks import BaseLoad, BaseOptions, FrozenConfig, mark_for_peft, no_parameter
 from lora_dist.model.quantization import FORMATS
 from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
@@ -97,7 +97,7 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     config = load_model_config(name, options.classes)
     _refuse_layerdrop(name, config, options.placement)
     stored = pop_stored_quantization(name, config, options.quantization)
-    load = BaseLoad(options, read_bitsandbytes(open_weights(weight_files(name))), stored)
+    load = BaseLoad(options, read_bitsandbytes(open_checkpoint(name)), stored)
     model, missing = _load_quietly(config, load)
     vars(model)["new_parameters"] = _check_missing(name, missing, options)
     if options.placement.offload:

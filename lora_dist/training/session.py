@@ -19,7 +19,7 @@ from lora_dist.data.rows import PreparedData, prepare_rows
 from lora_dist.environment import PACKAGES, device_name, git_commit, has_gpu, versions
 from lora_dist.errors import NothingToDo, UserError
 from lora_dist.model.adapters import add_adapters, check_identical, is_trained_parameter, parameter_counts
-from lora_dist.model.lazy_weights import open_weights, weight_files
+from lora_dist.model.lazy_weights import open_checkpoint, weight_files
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.placement import agree_on_placement
@@ -80,9 +80,8 @@ def open_run(
 
 def prepare_weights(config: TrainConfig) -> str:
     """Download the base, or raise UserError if a file of it is damaged. Returns the line that says so."""
-    files = weight_files(config.model_name_or_path)
-    open_weights(files)
-    size = sum(path.stat().st_size for path in files)
+    open_checkpoint(config.model_name_or_path)
+    size = sum(path.stat().st_size for path in weight_files(config.model_name_or_path))
     return f"prepared: {config.model_name_or_path} ({mib(size)}), {config.dataset_name}"
 
 
