@@ -153,7 +153,7 @@ def test_all_other_settings_are_read_from_the_job_folder_and_by_no_shell(cwd, te
     options = SlurmOptions(ranks_per_node=2, python=f"{cwd.parent}/bin/stub", preflight="false")
     submission = read_submission(str(ROOT / "recipes/opt_quotes.py"), ["--output_dir", "run"], None, options)
     asked = accepted(lambda **values: dataclasses.replace(submission.config, **values), names, text)
-    assert len(asked) >= 5
+    assert len(asked) >= (5 if text else 1)  # most names must not be empty
     config = dataclasses.replace(submission.config, **asked, **{name: str(file) for name, file in files.items()})
     submission = dataclasses.replace(submission, config=config)
     run(write_job(submission, "lora-dist submit", offline=True), cwd.parent)

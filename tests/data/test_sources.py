@@ -38,9 +38,9 @@ def load(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "renamed, message",
     [
-        (["a=text", "b=text"], "--rename_columns a=text: there is a column text already: b;"),
+        (["a=text", "b=text"], "--rename_columns a=text b=text: renames to text twice"),
         (["a=b"], "--rename_columns a=b: there is a column b already: b;"),
-        (["a=x", "a=y"], "--rename_columns a=y: a is renamed to x already"),
+        (["a=x", "a=y"], "--rename_columns a=x a=y: renames from a twice"),
         (["c=x"], "--rename_columns c=x: no column c: .* has a, b"),
     ],
 )
