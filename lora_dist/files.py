@@ -49,6 +49,12 @@ def remove_ours(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return left
 
 
+def remove_files(paths: Iterable[Path]) -> None:
+    """Delete files that this process wrote, as far as they exist. Raises OSError."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def sync_files(folder: Path) -> None:
     """Force all files of a folder to the disk, and give them the mode that the user's umask asks for.
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from lora_dist.boundary import boundary, read_json
+from lora_dist.boundary import boundary, read_json, read_text
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
-from lora_dist.files import MANIFEST, is_complete, sync, write_whole
+from lora_dist.files import MANIFEST, is_complete, remove_files, sync, write_whole
 from lora_dist.run import ours
 
 STEP = "train/global_step"  # optimizer steps completed; in each line of metrics.jsonl and samples.jsonl
@@ -65,6 +65,10 @@ class RunFolder:
         # mixed_precision, rows (a hash of the data); and `from`, the checkpoint of another run that it continues.
         self.facts: dict = {}
         self._lock: int | None = None  # file descriptor
+        self._made: list[Path] = []  # folders that this start made, the innermost first
+        self._made_lock = False
+        self._before: dict[str, str | None] = {}  # by name, what a file held before this start; None if it was absent
+        self.has_begun = False  # this start trains: from here on a failure is the run's, and `undo` is not called
         self.resume_from: Path | None = None  # the checkpoint that this start continues from
         self.previous: dict | None = None  # status and error of the start before this one
         self.last_logged_step = -1  # in metrics.jsonl, when this start found it
@@ -85,6 +89,8 @@ class RunFolder:
         """
         self.refuse_files_of_others()
         with boundary(f"--output_dir {self.root}: cannot be written", "give another folder"):
+            self._made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+            self._made_lock = not os.path.lexists(self.root / ".lock")
             self.root.mkdir(parents=True, exist_ok=True)
             deadline = time.monotonic() + LOCK_PATIENCE_S
             while not self._try_lock():
@@ -92,6 +98,9 @@ class RunFolder:
                     holder = os.pread(self._lock, 200, 0).decode(errors="replace")
                     raise UserError(f"--output_dir {self.root}: is in use by {holder}; give another folder")
                 time.sleep(0.2)
+            for path in (self.state, self.config, self.starts):
+                what = f"--output_dir {self.root}: {path.name} in it"
+                self._before[path.name] = read_text(path, what) if os.path.lexists(path) else None
             os.truncate(self._lock, 0)
             job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
             os.pwrite(self._lock, f"process {os.getpid()} on {os.uname().nodename}{job}".encode(), 0)
@@ -113,6 +122,27 @@ class RunFolder:
         except BlockingIOError:
             return False
         return os.fstat(self._lock).st_nlink > 0
+
+    def holds_a_run(self) -> bool:
+        """False also if the start that began the run was killed after its first file, state.json."""
+        return self.state.exists() and (self.config.exists() or self.metrics.exists() or self.checkpoints.exists())
+
+    def undo(self) -> None:
+        """Leave the folder as this start found it, because the start is refused. Rank 0 only.
+
+        Lines of metrics.jsonl after the checkpoint that it would have continued from stay removed.
+        """
+        with contextlib.suppress(OSError, UserError):
+            new = [self.root / name for name, text in self._before.items() if text is None]
+            new += [self.metrics] if self.state in new else []
+            remove_files([*new, *(path.with_name(f"{path.name}.partial") for path in new)])
+            for name, text in self._before.items():
+                if text is not None and text != read_text(self.root / name, name):
+                    write_whole(self.root / name, text)
+            if self._made_lock:
+                remove_files([self.root / ".lock"])
+            for path in self._made:
+                ours.remove_if_empty(path)
 
     def begin(self, config: TrainConfig) -> None:
         """Write the first state.json, and config.yaml. Raises UserError."""
@@ -136,9 +166,9 @@ class RunFolder:
         }  # fmt: skip
         write_whole(self.state, json.dumps(state, indent=2) + "\n")
 
-    def read_state(self) -> dict:
-        """The content of state.json. Raises UserError if it is not a JSON object."""
-        return read_json(self.state, str(self.state))
+    def read_state(self, what: str = "") -> dict:
+        """The content of state.json. Raises UserError, about `what`, if it is not a JSON object."""
+        return read_json(self.state, what or str(self.state))
 
     @staticmethod
     def read_lines(path: Path) -> list[dict]:
@@ -180,8 +210,13 @@ class RunFolder:
         pending = " ".join(map(str, self.wandb_pending()))
         return f"wandb sync {pending}" if pending else None
 
-    def record_failure(self, why: str, *, rank_lost: bool = False) -> None:
-        """Set the status to "failed", at the step that was last saved. Does nothing if that cannot be written."""
+    def record_failure(self, why: str, *, rank_lost: bool = False, refused: bool = False) -> None:
+        """Set the status to "failed", at the step that was last saved. Does nothing if that cannot be written.
+
+        `refused`: by bad input. If the training has not begun, the folder is left as this start found it.
+        """
+        if refused and not self.has_begun:
+            return self.undo()
         with contextlib.suppress(OSError, UserError):
             self.write_state("failed", self.read_state()["step"], {"error": why}, rank_lost=rank_lost)
 

@@ -42,13 +42,17 @@ def begin_or_resume(config: TrainConfig, recipe: str, facts: dict, num_groups: i
     root = Path(config.output_dir or source_root or f"runs/{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     config = dataclasses.replace(config, output_dir=str(root))
     folder = RunFolder(root)
-    folder.lock()
-    if not folder.state.exists():
-        return folder, _begin(folder, config, facts, num_groups, checkpoint)
-    if requested == "none":
-        what = f"--output_dir {root}: holds a run already"
-        raise UserError(f"{what}; give another folder, remove this one, or leave out --resume_from_checkpoint none")
-    return folder, _resume(folder, config, facts, num_groups, checkpoint)
+    try:
+        folder.lock()
+        if not folder.holds_a_run():
+            return folder, _begin(folder, config, facts, num_groups, checkpoint)
+        if requested == "none":
+            what = f"--output_dir {root}: holds a run already"
+            raise UserError(f"{what}; give another folder, remove this one, or leave out --resume_from_checkpoint none")
+        return folder, _resume(folder, config, facts, num_groups, checkpoint)
+    except UserError:
+        folder.undo()
+        raise
 
 
 def _begin(folder: RunFolder, config: TrainConfig, facts: dict, num_groups: int, checkpoint: Path | None) -> list[str]:
@@ -97,7 +101,7 @@ def _read_run(folder: RunFolder) -> tuple[dict, dict]:
     """(state.json, config.yaml) of the run that the folder holds. Raises UserError if one cannot be read."""
     what = f"--output_dir {folder.root}: holds a run that cannot be read"
     with boundary(what, "give another folder"):
-        state = folder.read_state()
+        state = folder.read_state(f"{what}: {folder.state.name}")
         settings = read_yaml_settings(folder.config, f"{what}: {folder.config.name}")
         _check_state(state)
         missing = {"gradient_accumulation_steps", "mixed_precision"} - settings.keys()

@@ -249,7 +249,8 @@ class Watchdog:
             self._stopped.wait(2 * INTERVAL_S)
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
-            self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost)
+            refused = verdict.exit_code == 2
+            self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost, refused=refused)
         sys.stdout.flush()
         os._exit(verdict.exit_code)
 

@@ -66,7 +66,7 @@ def start(run: Run) -> None:
         restore(run)
     step, num_steps = run.progress.step, run.training.num_steps
     require(step <= num_steps, "max_steps", num_steps, f"the run is at step {step} already; give more")
-    run.folder.num_steps = num_steps
+    run.folder.num_steps, run.folder.has_begun = num_steps, True
     if run.is_main:
         with contextlib.suppress(OSError):  # a full disk
             run.folder.write_state("running", step)

@@ -102,7 +102,7 @@ def joined_run(
         if watchdog:
             watchdog.explain(error)
         if folder and accelerator.is_main_process:
-            folder.record_failure(f"{type(error).__name__}: {error}")
+            folder.record_failure(f"{type(error).__name__}: {error}", refused=isinstance(error, UserError))
         raise
     finally:
         if watchdog:

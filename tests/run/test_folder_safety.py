@@ -1,5 +1,6 @@
 """A run folder's safety: we write and delete only what is ours."""
 
+import dataclasses
 import json
 import os
 
@@ -169,7 +170,7 @@ def test_any_manifest_is_whole_or_damaged(folder, tmp_path, manifest):
 
 def test_a_run_that_was_killed_before_its_state_can_begin(folder, config):
     write(folder.root, ".lock", "state.json.partial", text="")
-    config = type(config)(**{**config.__dict__, "output_dir": str(folder.root)})
+    config = dataclasses.replace(config, output_dir=str(folder.root))
     begun, _ = begin_or_resume(config, "opt_quotes", dict(FACTS), 1)
     assert begun.state.exists()
 
@@ -210,3 +211,63 @@ def test_a_tensor_of_another_name_shape_or_type_is_refused():
             _compare("optimizer", expected | changed, expected)
     with pytest.raises(ValueError, match="lacks"):
         _compare("optimizer", {"a": expected["a"]}, expected)
+
+
+def test_a_refused_start_leaves_no_folder(folder, tmp_path):
+    folder = RunFolder(tmp_path / "a/b/run")
+    folder.lock()
+    folder.write_state("running", 0)
+    folder.record_start({"step": 0})
+    folder.metrics.touch()
+    folder.record_failure("--lora_r 0: must be more", refused=True)
+    assert not (tmp_path / "a").exists()
+    folder.lock()
+    folder.has_begun = True
+    folder.write_state("running", 0)
+    folder.record_failure("row 7 is empty", refused=True)
+    assert folder.read_state()["status"] == "failed"
+
+
+def test_a_refused_start_leaves_a_folder_as_it_was(folder):
+    (folder.root / "logs").mkdir(parents=True)
+    write(folder.root, "train.log")
+    before = contents(folder.root)
+    folder.lock()
+    folder.write_state("running", 0)
+    folder.undo()
+    assert contents(folder.root) == before
+
+
+def test_a_refused_start_leaves_a_run_as_it_was(folder, config):
+    config = dataclasses.replace(config, output_dir=str(folder.root))
+    folder, _ = begin_or_resume(config, "opt_quotes", dict(FACTS), 1)
+    before = contents(folder.root)
+    again = RunFolder(folder.root)
+    again._lock = os.dup(folder._lock)  # this process has the lock already
+    again.lock()
+    again.write_state("running", 7)
+    again.write_config(dataclasses.replace(config, lora_r=3))
+    again.record_start({"step": 0})
+    again.undo()
+    after = contents(folder.root)
+    assert after.keys() == before.keys()
+    assert after["state.json"] == before["state.json"] and after["config.yaml"] == before["config.yaml"]
+
+
+def test_a_lock_on_a_deleted_file_is_no_lock(folder):
+    folder.lock()
+    other = RunFolder(folder.root)
+    other._lock = os.dup(folder._lock)
+    folder.undo()
+    folder.root.mkdir()
+    assert other._try_lock() and os.path.samestat(os.fstat(other._lock), os.stat(folder.root / ".lock"))
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "null", "3", "\0", '{"hello": "terraform"}', "[" * 100_000])
+def test_a_state_of_others_is_refused_and_the_folder_untouched(folder, config, state):
+    write(folder.root, "photo.jpg", "config.yaml")
+    write(folder.root, "state.json", text=state)
+    before = contents(folder.root)
+    with pytest.raises(UserError, match=f"^--output_dir {folder.root}: ") as raised:
+        begin_or_resume(dataclasses.replace(config, output_dir=str(folder.root)), "opt_quotes", dict(FACTS), 1)
+    assert "\n" not in str(raised.value) and contents(folder.root) == before
