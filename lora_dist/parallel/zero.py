@@ -116,7 +116,8 @@ def check_zero(settings: dict, skeleton: nn.Module) -> None:
             DeepSpeedZeroConfig(**config["zero_optimization"])
         except ValidationError as error:  # its text has several lines
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            section = "comms_logger" if error.title == "CommsLoggerConfig" else "zero_optimization"
+            key = ".".join(map(str, (section, *first["loc"])))
             raise ValueError(f"{key} {str(first['input'])[:100]}: {first['msg'].lower()}") from None
 
 

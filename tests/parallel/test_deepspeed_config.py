@@ -111,7 +111,7 @@ def test_boundary_what_deepspeed_itself_refuses_is_one_line(section):
     settings = {"zero_optimization": {"stage": 2}}
     settings[section] = settings.get(section, {}) | {"no_such_key": 1, "enabled": "x\ny"}
     with pytest.raises(
-        UserError, match="^DeepSpeed config: .*; DeepSpeed's documentation lists the valid keys"
+        UserError, match=f"^DeepSpeed config: {section}.*; DeepSpeed's documentation lists the valid keys"
     ) as error:
         check_zero(settings, None)
     assert "\n" not in str(error.value)
