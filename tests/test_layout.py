@@ -11,8 +11,8 @@ from lora_dist.parallel.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 # A package imports only itself and what stands before it here. Modules of the top level come first, the commands last.
-TOP = ["errors", "boundary", "units", "signals", "config", "environment", "flags", "entry", "files", "seeds",
-       "embedded"]  # fmt: skip
+TOP = ["errors", "boundary", "units", "signals", "config", "environment", "flags", "entry", "files", "functions",
+       "seeds", "embedded"]  # fmt: skip
 PACKAGES = ["data", "parallel", "model", "run", "tracking", "training", "cluster"]
 ORDER = [*TOP, *PACKAGES, "commands", "cli"]
 WITHOUT_TORCH = ("errors", "boundary", "signals", "config", "flags", "entry", "embedded/__init__",

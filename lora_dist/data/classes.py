@@ -59,6 +59,7 @@ class ClassEncoder(Encoder):
         names = name_classes(examples.train, label, config.num_labels)
         self.classes = list(names.values())  # names, by class number
         self.number_of_value = {value: number for number, value in enumerate(names)}
+        self.values = names.keys() if config.num_labels is None else name_classes(examples.train, label, None).keys()
         why = f"holds one class, {' '.join(self.classes)}; a classifier needs two or more"
         require(len(self.classes) > 1, "dataset_label_field", label, why)
 
@@ -82,7 +83,11 @@ class ClassEncoder(Encoder):
 
     def _text_labels(self, document: Document) -> list[int]:
         if isinstance(document.labels, list):
-            present = {self._class_number(value, document) for value in document.labels}  # None: ignored
+            present = {self._class_number(value, document) for value in document.labels}
+            known = not document.labels or any(value in self.values for value in document.labels)
+            if not known:  # it would be trained as a row of no class
+                why = f"none of its classes {document.labels} is among the classes of the training examples"
+                raise self._malformed(document.number, f"{why}; correct it, leave it out, or give it an empty list")
             return [int(number in present) for number in range(len(self.classes))]
         number = self._class_number(document.labels, document)
         return [IGNORE_INDEX if number is None else number]

@@ -69,7 +69,7 @@ def choose_format(columns: list[str], config: TrainConfig) -> str:
         hint = "name a text column with --dataset_text_field, or rename columns with --rename_columns"
         known = "; ".join(", ".join(needed) for needed in COLUMNS.values())
         require(possible, "dataset_format", wanted, f"{has}, which is none of: {known}; {hint}")
-        return possible[0]
+        return min(possible, key=lambda name: name == "text")  # last: as text, the prompts would be trained too
     needs = " and ".join(COLUMNS[wanted])
     require(wanted in possible, "dataset_format", wanted, f"needs {needs}, but {has}; use --rename_columns OLD=NEW")
     return wanted
@@ -144,7 +144,10 @@ class Encoder:
         return [self._chat(document) for document in documents]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        """Token ids of each text, with one bos at most: the text may begin with the bos that the tokenizer adds."""
+        encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        twice = [self.tokenizer.bos_token_id] * 2
+        return [ids[1:] if ids[:2] == twice else ids for ids in encoded]
 
     def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
         """Add a trained eos token, so that the model learns where a text ends."""
@@ -251,7 +254,8 @@ class Encoder:
     def _text(self, example: dict, column: str, number: str) -> str:
         value = example[column]
         if value is not None and not isinstance(value, str):
-            raise self._malformed(number, f"column {column} holds a {type(value).__name__}; it must hold text")
+            remedy = f': write "{value}" in quotes' if isinstance(value, int | float) else ""
+            raise self._malformed(number, f"column {column} holds a {type(value).__name__}; it must hold text{remedy}")
         return value or ""
 
     def _messages(self, value, column: str, number: str) -> tuple[dict, ...]:

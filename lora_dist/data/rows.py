@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError, require
 
 # Version of the cache's files. Raise it if the same data would give other rows, or if the files change.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
@@ -194,6 +195,7 @@ def _cache_key(examples: Examples, encoder: Encoder, config: TrainConfig) -> str
     settings = ("task_type", "dataset_text_field", "train_on_inputs", "max_length", "overlong_rows")
     settings += ("dataset_label_field", "num_labels")
     parts = [CACHE_VERSION, examples.identity, type(tokenizer).__name__, vocabulary]
+    parts += [version(package) for package in ("transformers", "tokenizers", "jinja2")]
     parts += [tokenizer.eos_token, tokenizer.chat_template, encoder.format]
     parts += [getattr(config, name) for name in settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -211,6 +213,10 @@ def _tokenize(examples: Examples, encoder: Encoder, config: TrainConfig, folder:
                 writer.write_batch(pa.record_batch({"input_ids": ids, "labels": labels}, schema=SCHEMA))
         if split == "train":
             _require_rows(counts[split], config)
+        elif counts[split].examples:
+            found = "; ".join(counts[split].warnings(split, config.overlong_rows, config.max_length))
+            why = f"its {counts[split].examples} held-out examples give no row to evaluate on: {found}"
+            require(counts[split].rows, "dataset_name", config.dataset_name, why)
     report = {
         "counts": {split: asdict(found) for split, found in counts.items() if found.rows},
         "num_held_out_in_train": len(hashes["train"] & hashes["held-out"]),

@@ -1,7 +1,6 @@
 """Sources of examples: the hub, local files, a saved data set. All become data sets of the package `datasets`."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,12 +10,14 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.packaged_modules.csv.csv import Csv
 
 from lora_dist.boundary import boundary, one_line
 from lora_dist.config import TrainConfig
 from lora_dist.data.local_files import content_of, find_files, is_saved, one_kind
 from lora_dist.data.readers import TEXT_KINDS, WHAT_IS_READ, read_records
 from lora_dist.errors import UserError, require
+from lora_dist.functions import describe_function
 from lora_dist.seeds import random_key
 
 MAX_COLUMNS = 1000
@@ -57,7 +58,8 @@ def load_examples(config: TrainConfig, transform: Callable[[dict], dict] | None 
         train, held_out = train.rename_columns(renamed), held_out and held_out.rename_columns(renamed)
     if transform:
         train, held_out = (split and _transformed(split, transform, columns, name) for split in (train, held_out))
-        columns, renamed = _without_origin(peek(train, name, 1)[0]), [renamed, inspect.getsource(transform)]
+        with boundary(f"the recipe's function {getattr(transform, '__name__', transform)}"):
+            columns, renamed = _without_origin(peek(train, name, 1)[0]), [renamed, describe_function(transform)]
     digest = hashlib.sha256(json.dumps([identity, renamed]).encode())
     return Examples(train, held_out, columns, digest.hexdigest())
 
@@ -175,7 +177,9 @@ def _read(name: str, config: TrainConfig) -> tuple[dict[str, Dataset | IterableD
             require(not streaming, "streaming", True, f"has no effect on {name}, which is mapped from disk")
             saved = datasets.load_from_disk(str(path))
             return (saved if isinstance(saved, DatasetDict) else {"train": saved}), content
-        return datasets.load_dataset(name, config.dataset_config, streaming=streaming), content
+        is_csv = isinstance(datasets.load_dataset_builder(name, config.dataset_config), Csv)
+        as_text = {"keep_default_na": False, "na_values": [""]} if is_csv else {}  # a cell NA is the text "NA"
+        return datasets.load_dataset(name, config.dataset_config, streaming=streaming, **as_text), content
     except Exception as error:  # datasets raises many types; all mean that this name cannot be read
         raise _unreadable(name, error) from None
 

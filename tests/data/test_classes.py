@@ -67,6 +67,19 @@ def test_a_class_that_only_held_out_examples_have_is_left_out(prepare):
     assert labels(data.held_out) == [[1]] and data.counts["held-out"].without_trained_tokens == 1
 
 
+def test_boundary_a_row_of_unknown_classes_only_is_not_trained_as_one_of_no_class(prepare):
+    train = {"text": ["a", "b", "c"], "label": [["sea"], ["hope", "sea"], ["hope"]]}
+    data = prepare(train, {"text": ["d", "e"], "label": [["tide", "sea"], []]})
+    assert labels(data.held_out) == [[0, 1], [0, 0]]
+    message = r"example 2: none of its classes \['tide'\] is among the classes of the training examples; correct it"
+    with pytest.raises(UserError, match=message):
+        prepare(train, {"text": ["d", "e"], "label": [["sea"], ["tide"]]})
+    with pytest.raises(UserError, match=r"example 3: none of its classes \[None\]"):
+        prepare(train | {"label": [["sea"], ["hope"], [None]]})
+    rare = {"text": ["a", "b", "c", "d"], "label": [["sea"], ["hope"], ["sea", "hope"], ["tide"]]}
+    assert labels(prepare(rare, num_labels=2).train)[-1] == [0, 0]  # the setting says to leave it out
+
+
 def test_the_class_of_a_word_is_the_label_of_its_first_token(prepare):
     words = [["The", "lighthouses", "of"], ["patience"]]
     data = prepare({"text": words, "label": [["o", "thing", "o"], ["thing"]]}, task_type="TOKEN_CLS", max_length=64)

@@ -50,6 +50,36 @@ def test_every_token_of_a_text_is_trained_and_eos_ends_it(encode):
     assert shown == "⟦</s>“Hope.”</s>⟧" and ids[0] == ids[-1] == 2
 
 
+@pytest.mark.parametrize("text", ["</s>", "</s></s>", ""])
+def test_boundary_a_text_that_begins_with_bos_gets_no_second_one(encode, text):
+    extra = [2] * max(0, text.count("</s>") - 1)
+    plain, *_ = encode({"text": "Hope."})[1:]
+    assert encode({"text": f"{text}Hope."})[1] == extra + plain
+    _, plain, labels = encode({"prompt": "Name it:", "completion": " Hope."})
+    pair = encode({"prompt": f"{text}Name it:", "completion": " Hope."})
+    assert pair[1] == extra + plain and pair[2] == [IGNORE_INDEX] * len(extra) + labels
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        (["instruction", "input", "output", "text"], "alpaca"),
+        (["text", "prompt", "completion"], "prompt_completion"),
+        (["text", "messages"], "messages"),
+        (["text", "prompt"], "text"),
+    ],
+)
+def test_boundary_a_table_of_prompts_that_also_has_texts_is_not_trained_as_texts(config, columns, expected):
+    chosen = dataclasses.replace(config, dataset_text_field=None)
+    assert choose_format(columns, chosen) == expected
+    assert choose_format(columns, dataclasses.replace(config, dataset_text_field="text")) == "text"
+
+
+def test_boundary_a_number_is_refused_with_what_to_write(encode):
+    with pytest.raises(UserError, match='example 7: column completion holds a int; it must hold text: write "3" in q'):
+        encode({"prompt": "1 + 2 =", "completion": 3})
+
+
 @pytest.mark.parametrize("prompt, completion", [("Name it:", " a lamp"), ("Name it: ", "a lamp"), ("a har", "bour")])
 def test_a_prompt_is_tokenized_as_it_will_be_at_inference(encode, prompt, completion):
     shown, ids, labels = encode({"prompt": prompt, "completion": completion})
@@ -141,7 +171,7 @@ def test_a_template_that_changes_earlier_answers_is_accepted_for_one_answer(enco
 @pytest.mark.parametrize(
     "columns, settings, expected",
     [
-        (["text", "prompt", "completion"], {}, "text"),
+        (["text", "prompt", "completion"], {}, "prompt_completion"),
         (["prompt", "completion", "id"], {}, "prompt_completion"),
         (["instruction", "input", "output"], {}, "alpaca"),
         (["conversations"], {}, "messages"),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import datasets
 import pytest
@@ -144,6 +145,35 @@ def test_a_second_start_reads_the_cache(prepare, monkeypatch):
     monkeypatch.setattr(rows_module, "encode", None)  # calling it would fail
     assert texts(prepare(EXAMPLES).train) == texts(first.train)
     assert prepare(EXAMPLES).counts == first.counts
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "jinja2"])
+def test_boundary_rows_of_another_version_are_not_read_from_the_cache(prepare, monkeypatch, package):
+    """A template may be rendered, and a text divided, in another way."""
+    prepare(EXAMPLES)
+    monkeypatch.setattr(rows_module, "version", lambda name: "0" if name == package else version(name))
+    prepare(EXAMPLES)
+    assert len(list(datasets.config.HF_DATASETS_CACHE.glob("lora-dist-rows/*/report.json"))) == 2
+
+
+def test_boundary_a_held_out_split_without_text_is_refused(prepare, tmp_path):
+    empty = datasets.Dataset.from_list([{"text": " "}, {"text": None}])
+    texts = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(40)])
+    datasets.DatasetDict(train=texts, test=empty).save_to_disk(tmp_path / "both")
+    message = "its 2 held-out examples give no row to evaluate on: 2 of 2 held-out examples are empty"
+    with pytest.raises(UserError, match=message):
+        prepare(str(tmp_path / "both"))
+    assert len(prepare(str(tmp_path / "both"), dataset_test_split="none").held_out) == 0
+    assert len(prepare(str(tmp_path / "both"), dataset_test_split="none", eval_fraction=0.1).held_out) == 4
+
+
+def test_boundary_an_error_in_a_held_out_example_names_its_own_line(prepare):
+    lines = "".join(json.dumps({"text": "a"}) + "\n\n" for _ in range(40)) + json.dumps({"text": 3}) + "\n"
+    for seed in range(3):
+        with pytest.raises(UserError, match="data.jsonl: line 81: column text holds a int"):
+            prepare(lines, eval_fraction=0.5, seed=seed)
+    with pytest.raises(UserError, match="data.jsonl: line 81: column text holds a int"):
+        prepare(lines, streaming=True)
 
 
 @pytest.mark.parametrize(

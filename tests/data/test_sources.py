@@ -118,6 +118,13 @@ def test_boundary_values_of_json_stay_as_they_are(load):
     assert rows_of(load({"d.txt": "a\r\n\r\nNA\n"})) == [{"text": "a"}, {"text": ""}, {"text": "NA"}]
 
 
+def test_boundary_cells_are_text_in_a_folder_that_names_its_own_files(load):
+    readme = "---\nlicense: mit\nconfigs:\n- config_name: one\n  data_files: a.csv\n---\n"
+    files = {"README.md": readme, "a.csv": "text\nNA\nb\n", "b.jsonl": '{"text": "c"}\n'}
+    assert rows_of(load(files, "")) == [{"text": "NA"}, {"text": "b"}]
+    assert rows_of(load(files, "", dataset_config="one")) == [{"text": "NA"}, {"text": "b"}]
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 LATIN = "caf\xe9".encode("latin-1")
 BAD_FILES = {  # (file, content, words of the error)
