@@ -28,12 +28,18 @@ def run_recipe(
     """
     install_handlers()
     stop_with_launcher()
-    from lora_dist.flags import parse_recipe_config  # imports transformers
+    from lora_dist.flags import other_batch, parse_recipe_config  # imports transformers
 
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
 
     def work() -> None:
-        main(parse_recipe_config(defaults, argv, gpu=gpu, embedded=embedded, on_gpu=has_gpu, description=description))
+        config = parse_recipe_config(
+            defaults, argv, gpu=gpu, embedded=embedded, on_gpu=has_gpu, description=description
+        )
+        warning = other_batch(argv, config, int(os.environ.get("WORLD_SIZE", "1")))
+        if warning and os.environ.get("RANK", "0") == "0":
+            print(warning, file=sys.stderr)
+        main(config)
 
     end_process(work)
 

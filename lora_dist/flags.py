@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from lora_dist.boundary import boundary, read_yaml_settings
+from lora_dist.boundary import boundary, read_json, read_yaml_settings
 from lora_dist.config import GROUPS, TrainConfig
 from lora_dist.environment import shipped
 from lora_dist.errors import UserError, did_you_mean, require
@@ -215,6 +215,31 @@ def hint(name: str) -> str:
         return f"use {SAME_AS[name]}"
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     return did_you_mean(name, [*names, "config"], "--help lists them", prefix="--")
+
+
+def other_batch(argv: list[str], config: TrainConfig, num_ranks: int) -> str | None:
+    """A warning if `--config` names a run's config.yaml, and a step of that run had more or fewer sequences.
+
+    The file alone does not say it: the number of micro-batches in a step depends on the number of ranks too.
+    """
+    file = _parser(config, "").parse_known_args(argv)[0].config
+    folder = Path(file or "").resolve().parent
+    if file is None or (config.output_dir and Path(config.output_dir).resolve() == folder):  # it continues that run
+        return None
+    try:
+        facts = read_json(folder / "state.json", "state.json")["facts"]
+        old_ranks, per_step, strategy = facts["num_ranks"], int(facts["micro_batches_per_step"]), facts.get("strategy")
+    except (UserError, LookupError, TypeError, ValueError):  # the folder holds no run
+        return None
+    new = config.gradient_accumulation_steps * num_ranks
+    if per_step == new:
+        return None
+    had, has = per_step * config.per_device_train_batch_size, new * config.per_device_train_batch_size
+    under = f" under {strategy}" if strategy else ""
+    fits = per_step % num_ranks == 0
+    same = f"--gradient_accumulation_steps {per_step // num_ranks}" if fits else f"{old_ranks} rank(s)"
+    what = f"that run had {had} sequences a step, on {old_ranks} rank(s){under}; this one has {has}, on {num_ranks}"
+    return f"warning: --config {file}: {what}; {same} makes them equal"
 
 
 def _read_file(parser: _Parser, file: str) -> dict:

@@ -1,13 +1,14 @@
 """Settings files as people write them: each value is read with its type of setting, or refused in a line."""
 
 import dataclasses
+import json
 import os
 
 import pytest
 
 from lora_dist.config import TrainConfig
 from lora_dist.errors import RunFailed, UserError
-from lora_dist.flags import as_flags, parse_config
+from lora_dist.flags import as_flags, other_batch, parse_config
 from lora_dist.run.folder import write_config
 
 
@@ -85,3 +86,24 @@ def test_an_error_is_one_line_of_bounded_length_and_keeps_its_end():
     for error in (UserError, RunFailed):
         line = str(error("--x " + "long\n\x1b[31m" * 10_000 + ": use y"))
         assert line.isprintable() and len(line) <= 1500 and line.startswith("--x long") and line.endswith(": use y")
+
+
+def test_a_config_of_a_run_with_other_steps_is_warned_of(tmp_path):
+    config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4, output_dir="elsewhere")
+    file = tmp_path / "config.yaml"
+    write_config(file, config)
+    argv = ["--config", str(file)]
+    assert other_batch(argv, config, 1) is None  # no run
+    facts = {"num_ranks": 2, "micro_batches_per_step": 8, "strategy": "fsdp"}
+    (tmp_path / "state.json").write_text(json.dumps({"facts": facts}))
+    line = (
+        f"warning: --config {file}: that run had 16 sequences a step, on 2 rank(s) under fsdp; "
+        "this one has 8, on 1; --gradient_accumulation_steps 8 makes them equal"
+    )
+    assert other_batch(argv, config, 1) == line
+    assert other_batch(argv, config, 3).endswith("on 3; 2 rank(s) makes them equal")
+    assert other_batch(argv, config, 2) is None and other_batch([], config, 1) is None
+    assert other_batch(argv, dataclasses.replace(config, output_dir=str(tmp_path)), 1) is None  # it is continued
+    for broken in ("", "[]", "{}", '{"facts": 3}', '{"facts": {"num_ranks": 1, "micro_batches_per_step": "many"}}'):
+        (tmp_path / "state.json").write_text(broken)
+        assert other_batch(argv, config, 1) is None

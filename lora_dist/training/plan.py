@@ -1,23 +1,28 @@
 """How a run will be made: decided from settings, the launcher and the model's config, before anything is loaded."""
 
 import dataclasses
+import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from huggingface_hub import get_token
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_dist.config import TrainConfig
+from lora_dist.config import TrainConfig, check_warmup
+from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.packing import check_packing
+from lora_dist.data.rows import PreparedData, Rows, RowStream
 from lora_dist.data.tasks import TASKS, Task
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
-from lora_dist.model.adapters import check_targets
+from lora_dist.model.adapters import check_targets, linear_names
 from lora_dist.model.load import load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
+from lora_dist.model.quantization import quantized_weights
 from lora_dist.parallel.strategies import Launch, Placement, world_size
 from lora_dist.tracking.flops import BaseWork, base_work
 
@@ -56,6 +61,50 @@ def check_names(config: TrainConfig) -> None:
     load_model_config(config.model_name_or_path)
 
 
+def check_length(config: TrainConfig, data: PreparedData) -> None:
+    """Raises UserError if a new run would be too short for its warm-up, and warns if it ends within it.
+
+    A run that is continued has the micro-batches per step of its first start, which was checked.
+    """
+    require(config.max_steps or config.num_train_epochs, "max_steps", None, "give this, or --num_train_epochs")
+    continued = config.output_dir and (Path(config.output_dir) / "state.json").exists()
+    if continued or config.resume_from_checkpoint not in ("auto", "none") or isinstance(data.train, RowStream):
+        return
+    num_steps = config.max_steps or _num_steps(config, data.train)
+    check_warmup(config, num_steps)
+    if num_steps <= config.warmup_steps and config.lr_scheduler_type != "constant":
+        what = f"--warmup_steps {config.warmup_steps} is as long as the run of {num_steps} steps"
+        share = f"reaches {(num_steps - 1) / config.warmup_steps:.0%} of --learning_rate {config.learning_rate}"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {what}: the learning rate only rises, and {share}", file=sys.stderr)
+
+
+def _num_steps(config: TrainConfig, rows: Rows) -> int:
+    """Number of steps that the epochs make."""
+    sequences, per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps * world_size()
+    pack_to = config.max_length if config.packing else None
+    fewest = math.ceil(rows.lengths.sum() / pack_to) if pack_to else len(rows)
+    fewest_steps = math.ceil(fewest * config.num_train_epochs / (sequences * per_step))
+    if not pack_to or fewest_steps > config.warmup_steps:  # packing many rows takes seconds, and is done later again
+        return fewest_steps
+    batches = MicroBatches(
+        rows, pad_token_id=0, seed=config.seed, sequences=sequences, per_step=per_step,
+        num_epochs=config.num_train_epochs, pack_to=pack_to,
+    )  # fmt: skip
+    return batches.num_steps
+
+
+def check_rank(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raises UserError if the adapters' rank is larger than each layer that gets one. Call it after `check_targets`."""
+    names = config.lora_target_modules
+    names = linear_names(model) if names == ["all-linear"] else names
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    weights = [quantized_weights(module).get("weight") or module.weight for module in modules]
+    widest = max(min(weight.shape) for weight in weights)
+    why = f"is above the width of every layer that gets an adapter; give at most {widest}"
+    require(config.lora_r <= widest, "lora_r", config.lora_r, why)
+
+
 @dataclass(frozen=True)
 class BasePlan:
     """How the base will be loaded."""
@@ -78,6 +127,7 @@ def plan_base(
     dtype, task = DTYPE_OF[config.mixed_precision], TASKS[config.task_type]
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
     check_targets(skeleton, config)
+    check_rank(skeleton, config)
     num_embeddings = skeleton.get_input_embeddings().num_embeddings
     why = f"its tokenizer has {len(tokenizer)} tokens, and the model embeds {num_embeddings}"
     require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)

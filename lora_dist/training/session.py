@@ -31,7 +31,7 @@ from lora_dist.run.resume import begin_or_resume
 from lora_dist.run.watchdog import start_watchdog
 from lora_dist.tracking.metrics import MetricsLog
 from lora_dist.training.measures import peak_memory_bytes
-from lora_dist.training.plan import BasePlan, check_names, choose_precision, plan_base
+from lora_dist.training.plan import BasePlan, check_length, check_names, choose_precision, plan_base
 from lora_dist.training.run import LoadedBase, Run
 from lora_dist.training.step import Training, build_training
 from lora_dist.training.terminal import banner, mib
@@ -60,6 +60,7 @@ def open_run(
     # Data and plan come before the ranks meet, so that no collective waits for a tokenizer.
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     data = prepare_rows(config, tokenizer, transform)
+    check_length(config, data)
     plan = plan_base(config, launch, tokenizer, data.classes)
     if config.prepare_only:
         raise NothingToDo(f"{data.table()}\n{prepare_weights(config)}")
@@ -134,6 +135,7 @@ def _open_run_folder(
         "mixed_precision": config.mixed_precision,
         "rows": data.fingerprint(),
         "format": data.format,
+        "strategy": launch.strategy.name,
     }
     # Groups of ranks that compute different micro-batches. In a pipeline every rank takes part in all of them.
     num_groups = 1 if launch.strategy.engine == "pipeline" else world_size() // config.context_parallel_size

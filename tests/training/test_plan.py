@@ -1,17 +1,23 @@
 """The precision of a run: what the user asks, what the launcher says, and what the CPU computes natively."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
+from lora_dist.config import TrainConfig
+from lora_dist.data.rows import PreparedData, Rows
+from lora_dist.data.tasks import TASKS
 from lora_dist.environment import bf16_slowdown
 from lora_dist.errors import UserError
+from lora_dist.model.load import meta_model
 from lora_dist.parallel.strategies import STRATEGIES, Launch
 from lora_dist.training import plan
-from lora_dist.training.plan import choose_precision
+from lora_dist.training.plan import check_length, check_rank, choose_precision
 from tests.helpers.ranks import ROOT, launch_recipe
 
 
@@ -74,3 +80,55 @@ def test_a_run_on_a_cpu_without_bf16_says_so_and_keeps_it_in_its_config(tmp_path
     done = launch_recipe("fsdp", *flags, env={"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert "ranks: 2 on cpu, mixed precision no (fp32, because this CPU has no bf16 instructions)\n" in done.stdout
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["mixed_precision"] == "no"
+
+
+def data_of(*lengths: int) -> PreparedData:
+    rows = Rows.of([([1] * length, [1] * length) for length in lengths])
+    return PreparedData(rows, Rows.of([]), {}, "text", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ranks", "says"),
+    [
+        ({"num_train_epochs": 1}, 8, "--num_train_epochs 1: is 1 step, which trains nothing with --warmup_steps 20"),
+        ({"num_train_epochs": 1, "packing": True}, 1, "--num_train_epochs 1: is 1 step, which trains nothing"),
+        ({"num_train_epochs": 3, "packing": True}, 1, "is as long as the run of 2 steps: the learning rate only rises"),
+        ({"num_train_epochs": 30}, 8, "--warmup_steps 20 is as long as the run of 10 steps"),
+        ({"num_train_epochs": 4}, 1, "--warmup_steps 20 is as long as the run of 10 steps"),
+        ({"num_train_epochs": 10}, 1, ""),
+        ({"num_train_epochs": 1, "lr_scheduler_type": "constant"}, 8, ""),
+        ({"max_steps": 20}, 1, "reaches 95% of --learning_rate 0.0002"),
+        ({"max_steps": 21}, 1, ""),
+        ({}, 1, "--max_steps None: give this, or --num_train_epochs"),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_seen_before_it_begins(monkeypatch, capsys, settings, num_ranks, says):
+    """10 rows of 10 tokens; 4 sequences per rank and step."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    few = {"warmup_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 50}
+    config = TrainConfig(**few | settings)
+    if says.startswith("--") and "as long" not in says:
+        with pytest.raises(UserError, match=re.escape(says)):
+            check_length(config, data_of(*[10] * 10))
+        return
+    check_length(config, data_of(*[10] * 10))
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == bool(says)
+
+
+def test_a_run_that_is_continued_keeps_its_length(tmp_path):
+    (tmp_path / "state.json").touch()
+    config = TrainConfig(num_train_epochs=1, output_dir=str(tmp_path))
+    check_length(config, data_of(10))
+    check_length(dataclasses.replace(config, output_dir=None, resume_from_checkpoint="runs/a"), data_of(10))
+
+
+def test_boundary_a_rank_above_the_width_of_the_layers(config):
+    for quantization in ("none", "int8"):
+        for targets in (["q_proj"], ["all-linear"]):
+            config = dataclasses.replace(config, lora_target_modules=targets)
+            model = meta_model("embedded", quantization, torch.float32, TASKS["CAUSAL_LM"], None)
+            width = model.config.hidden_size
+            check_rank(model, dataclasses.replace(config, lora_r=width))
+            with pytest.raises(UserError, match=f"--lora_r {width + 1}: .*give at most {width}"):
+                check_rank(model, dataclasses.replace(config, lora_r=width + 1))
