@@ -62,7 +62,8 @@ class RunFolder:
         self.logs = root / "logs"
         self.checkpoints = root / "checkpoints"
         # Facts fixed when the run first started, kept across restarts: num_ranks, micro_batches_per_step,
-        # mixed_precision, rows (a hash of the data), strategy; and `from`, the other run's checkpoint that it continues.
+        # mixed_precision, rows (a hash of the data), strategy; and `from`, the checkpoint of another run that it
+        # continues.
         self.facts: dict = {}
         self._lock: int | None = None  # file descriptor
         self._made: list[Path] = []  # folders that this start made, the innermost first
