@@ -89,6 +89,7 @@ def _check_value(name: str, value, annotation, bounds: Bounds | None) -> None:
 def _check_text(name: str, text) -> None:
     """Raises UserError unless it is text that can be a name: not empty, not too long, and in one line."""
     require(isinstance(text, str), name, text, "must be text")
+    require(text != "--", name, text, "must not be two dashes: argparse leaves them out")
     most = MAX_PROMPT_CHARS if name == "sample_prompt" else MAX_TEXT_CHARS
     require(len(text) <= most, name, text, f"has {len(text):,} characters; it must have at most {most:,}")
     if name == "sample_prompt":  # a text, which may have several lines
