@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
 from functools import partial
 
@@ -18,6 +19,15 @@ start here:
   lora-dist train opt_quotes                a small model on this machine, with or without a GPU
   lora-dist train sft --help                all settings
   lora-dist COMMAND --help                  an example of each command"""
+# What argparse says about a flag, and the line that the recipes say about one of theirs.
+REWORDED = (
+    (r"^argument (.*?): invalid int value: '(.*)'$", r"\1 \2: must be a whole number"),
+    (r"^argument (.*?): invalid choice: '(.*)' \(choose from (.*)\)$", r"\1 \2: must be one of \3"),
+    (r"^argument (.*?): expected (?:one|at least one) argument$", r"\1: needs a value"),
+    (r"^argument (.*?): not allowed with argument (.*)$", r"\1: cannot be given together with \2"),
+    (r"^argument (.*?): ignored explicit argument (.*)$", r"\1 \2: takes no value"),
+    (r"^argument (.*?): ", r"\1: "),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
+        for argparse_says, ours in REWORDED:
+            message = re.sub(argparse_says, ours, message, count=1, flags=re.DOTALL)
         raise UserError(f"{message}; see {self.prog} --help")
 
 

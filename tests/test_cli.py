@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_version(capsys):
         (["dashboard", "--foo=1"], "--foo: no such flag; lora-dist dashboard has --help --entity --project --url"),
         (["generate", "text"], "the following arguments are required: --adapter; see lora-dist generate --help"),
         (["strategies", "x"], "x: one word too many for lora-dist strategies"),
-        (["quantize", "m", "--output_dir", "d", "--quantization", "int4"], "argument --quantization: invalid choice"),
+        (["quantize", "m", "--output_dir", "d", "--quantization", "int4"], "--quantization int4: must be one of"),
         (["prepare", "--qoss", "a", "opt_quotes"], "--qoss: no such option; did you mean --qos?"),
         (["doctor"], "one of the arguments --data --distributed is required; see lora-dist doctor --help"),
         (
@@ -89,3 +90,79 @@ def test_a_recipe_may_be_named_before_its_flags(monkeypatch):
     monkeypatch.setattr(commands, "prepare", seen.append)
     run("prepare --gpus-per-node 8 --job-name sft --setup=x opt_quotes --quantization nf4".split())
     assert seen[0].recipe == ["opt_quotes", "--quantization", "nf4"] and seen[0].gpus_per_node == 8
+
+
+def wrong_uses() -> list[tuple[str, str, list[str]]]:
+    """(command, flag, words): each flag of each command with words that argparse itself refuses."""
+    _, parsers = build_parser()
+    found = []
+    for name, parser in parsers.choices.items():
+        for action in parser._actions:
+            flag = action.option_strings[-1] if action.option_strings else None
+            if flag is None or flag == "--help" or name == "train":
+                continue
+            if action.nargs == 0:
+                found.append((name, flag, [f"{flag}=x"]))
+                continue
+            found.append((name, flag, [flag]))
+            if action.type is int or action.choices:
+                found += [(name, flag, [f"{flag}={value}"]) for value in ("x", "", "1.5", "a\nb", "9" * 5000)]
+    return found
+
+
+def test_boundary_what_argparse_refuses_is_said_as_the_recipes_say_it():
+    uses = wrong_uses()
+    assert {flag for _, flag, _ in uses} >= {"--nodes", "--prepare", "--json", "--sbatch", "--quantization", "--data"}
+    for name, flag, words in uses:
+        line = refusal(name, *words)
+        assert line.startswith(flag) and "argument" not in line, line
+        assert f"; see lora-dist {name} --help" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["submit", "--nodes", "x", "sft"], "--nodes x: must be a whole number; see lora-dist submit --help"),
+        (["submit", "--prepare", "x", "sft"], "--prepare x: must be one of "),
+        (["submit", "--nodes"], "--nodes: needs a value; see lora-dist submit --help"),
+        (["submit", "--json=1", "sft"], "--json '1': takes no value; see lora-dist submit --help"),
+        (["doctor", "--distributed", "--data", "x"], "--data: cannot be given together with --distributed; see"),
+        (["submit", "--gpus-per-node", "1", "a\nb"], "recipe 'a\\nb': the name must be printable characters"),
+        (["submit", "--gpus-per-node", str(10**12), "sft"], "--gpus-per-node 1000000000000: must be 1000 or less"),
+    ],
+)
+def test_boundary_of_submit_and_doctor(words, line):
+    assert refusal(*words).startswith(line)
+
+
+WORDS = [
+    "--nodes", "--nodes=2", "--gpus-per-node", "8", "--dry-run", "--json", "--time", "4:00:00", "-1", "--", "-", "",
+    "a b", "$(touch MARK)", "sft", "opt_quotes", "recipes/sft.py", "--sbatch", "array=0-3", "--setup", "true", "x\ny",
+    "--config_file", "fsdp", "--output_dir", "runs/a", "--lora_r", "\udcff", "é", "-x", "=", "--=", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["submit", "prepare", "doctor", "status"])
+def test_boundary_any_words_are_taken_or_refused_with_one_line(command, monkeypatch, tmp_path):
+    """The words are checked as far as the command's own work, which is left out."""
+    from lora_dist.cluster import submission
+
+    for name in ("prepare", "submit"):
+        monkeypatch.setattr(submission, name, lambda *args, **options: None)
+    monkeypatch.setattr(submission, "job_files", lambda *args, **options: {"job.sbatch": ""})
+    monkeypatch.setattr("lora_dist.cluster.slurm.expected_start", lambda text: "")
+    if command == "doctor":
+        monkeypatch.setattr(commands, "doctor", lambda args: None)
+    random, taken = Random(0), 0
+    for number in range(60):
+        words = ["--dry-run"] * (command == "submit") + ["--gpus-per-node=8", "sft"] * (number % 2)
+        words += ["--distributed"] * (command == "doctor")
+        words += random.choices(WORDS, k=random.randint(0, 6))
+        monkeypatch.chdir(tmp_path)
+        try:
+            run([command, *words])
+            taken += 1
+        except UserError as error:
+            assert str(error) and "argument " not in str(error), words
+    assert taken or command == "status"
+    assert not list(tmp_path.iterdir())
