@@ -137,7 +137,7 @@ def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):
 
 
 def test_prepare_downloads_tokenizes_checks_and_leaves(tmp_path):
-    words = "--nodes 2 --ranks-per-node 2 recipes/sft.py --max_steps 4 --output_dir".split()
+    words = "--nodes 2 --ranks-per-node 2 recipes/sft.py --max_steps 4 --warmup_steps 0 --output_dir".split()
     command = [sys.executable, "-m", "lora_dist.cli", "prepare", *words, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (0, "")

@@ -310,6 +310,6 @@ def test_a_tokenizer_larger_than_the_base_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "d.jsonl").write_bytes(lines({"text": "a"}))
     flags = ("--dataset_name", str(tmp_path / "d.jsonl"), "--output_dir", str(tmp_path / "run"))
-    ended = fork_ranks(*flags, "--model_name_or_path", str(tmp_path / "base"), recipe="sft")
+    ended = fork_ranks(*flags, "--model_name_or_path", str(tmp_path / "base"), "--warmup_steps", "0", recipe="sft")
     assert [code for code, _, _ in ended] == [2, 2]
     assert "its tokenizer has 1787 tokens, and the model embeds 1786" in ended[0][2]

@@ -58,13 +58,13 @@ CASES = {
     "broken data": (
         lambda t: ["--dataset_name", write(t / "d.jsonl", '{"quote": "a"}\n{"quo')],
         {},
-        ["--dataset_name", "d.jsonl", "cannot be loaded", "line 2: "],
+        ["--dataset_name", "d.jsonl: line 2: Unterminated string"],
     ),
     "column": (lambda t: ["--dataset_text_field", "txt"], {}, ["--dataset_text_field txt", "quote, author, tags"]),
     "column of lists": (
         lambda t: ["--dataset_text_field", "tags"],
         {},
-        ["--dataset_name embedded: example 1: column tags holds a list; it must hold text"],
+        ["--dataset_name embedded: line 1: column tags holds a list; it must hold text"],
     ),
     "target module": (
         lambda t: ["--lora_target_modules", "q_proj", "query"],

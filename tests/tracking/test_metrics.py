@@ -70,7 +70,6 @@ def test_only_rank_0_writes(folder):
         ("tensorbord", "no tracker 'tensorbord'; did you mean tensorboard?"),
         ("wandb,none", "no tracker 'none'; give none, or some of wandb,aim,clearml"),
         ("wandb,wandb", "names a tracker twice"),
-        ("", "no tracker ''"),
         ("mlflow", "needs a package: pip install mlflow"),
     ],
 )
