@@ -68,7 +68,7 @@ def run(words: list[str]) -> int | None:
         if name in ("prepare", "submit"):
             rest, recipe = _split_at_recipe(rest, commands.choices[name])
         args, unknown = parser.parse_known_args([name, *rest])
-        args.unknown, args.recipe = unknown, recipe
+        args.unknown, args.recipe, args.words = unknown, recipe, words
     if unknown and name not in READ_RECIPE_FLAGS:
         raise UserError(f"{unknown[0]}: one word too many for lora-dist {name}; see lora-dist {name} --help")
     return getattr(importlib.import_module("lora_dist.commands"), name)(args)

@@ -169,9 +169,10 @@ def submit(args) -> None:
     from lora_dist.cluster import slurm, submission
 
     asked = _read_submission(args)
-    command = f"lora-dist {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}"
+    options = [word for word in args.words[: -len(args.recipe)] if word != "--dry-run"]
+    command = f"lora-dist {shlex.join([*options, *args.recipe])}"
     if args.dry_run:
-        text = slurm.render(submission.job_of(asked, command, offline=args.prepare != "no"))
+        text = submission.job_files(asked, command, offline=args.prepare != "no")["job.sbatch"]
         print(text, end="", flush=True)
         print(slurm.expected_start(text), file=sys.stderr)
         return
@@ -184,8 +185,8 @@ def submit(args) -> None:
     run_folder = asked.config.output_dir
     print(f"job {submitted['job_id']}: {run_folder}/job/job.sbatch")
     print(f"log: {submitted['log']}")
-    print(f"follow: tail -F {submitted['log']}")
-    print(f"status: lora-dist status {run_folder}")
+    print(f"follow: {shlex.join(['tail', '-F', submitted['log']])}")
+    print(f"status: {shlex.join(['lora-dist', 'status', run_folder])}")
 
 
 def _read_submission(args):

@@ -1,9 +1,18 @@
 # From here on, all jobs have the same text.
 job=$SLURM_JOB_ID
 log() { echo "$(date '+%F %T') job $job: $*"; }
-state() { sed -n "s/^  \"$1\": \"*\([^\",]*\)\"*,*\$/\1/p" "$run/state.json" 2>/dev/null; } # a value of state.json
+refuse() {
+  log "error: $1; give this file to sbatch, see its first lines"
+  exit 2
+}
+is_count() { [[ $1 =~ ^(0|[1-9][0-9]{0,14})$ ]]; } # bash runs a command that is in the text of a number it computes with
+state() { [ ! -f "$run/state.json" ] || sed -n "s/^  \"$1\": \"*\([^\",]*\)\"*,*\$/\1/p" "$run/state.json" 2>/dev/null; } # a value of state.json
 
-nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+for name in SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NNODES ranks_per_node; do
+  is_count "${!name-0}" || refuse "$name '${!name}': must be a whole number"
+done
+nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-none}") && [ -n "$job" ] && [ -n "$nodes" ] ||
+  refuse "SLURM_JOB_ID '$job', SLURM_JOB_NODELIST '$SLURM_JOB_NODELIST': name no job of Slurm"
 MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((20000 + job % 10000)) # by job, because two jobs may run on one node
 export MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 mkdir -p "$run"
@@ -33,12 +42,15 @@ requeue() {
 
 # A job that makes no progress is not started for ever, no matter why it starts again and who requeued it.
 restarts=${SLURM_RESTART_COUNT:-0} step=$(state step) last_step=-1 idle_starts=0
+is_count "$step" || step=0
 if [ "$restarts" -gt 0 ] && [ -f "$run/.starts" ]; then read -r last_step idle_starts <"$run/.starts"; fi
-idle_starts=$((${step:-0} > last_step ? 0 : idle_starts + 1))
-echo "${step:-0} $idle_starts" >"$run/.starts"
-log "start $((restarts + 1)) on ${nodes//$'\n'/ }, run $run at step ${step:-0}"
+is_count "$last_step" || last_step=-1
+is_count "$idle_starts" || idle_starts=0
+idle_starts=$((step > last_step ? 0 : idle_starts + 1))
+echo "$step $idle_starts" >"$run/.starts"
+log "start $((restarts + 1)) on ${nodes//$'\n'/ }, run $run at step $step"
 if [ "$idle_starts" -gt "$max_requeues" ]; then
-  log "error: $idle_starts requeues in a row found no newer checkpoint than step ${step:-0}; see the log above"
+  log "error: $idle_starts requeues in a row found no newer checkpoint than step $step; see the log above"
   exit 1
 fi
 

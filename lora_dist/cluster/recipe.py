@@ -1,17 +1,27 @@
 """Finds a recipe and an accelerate config by path or name, and makes the environment that its ranks need."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
-import yaml
-
+from lora_dist.boundary import boundary, read_yaml_settings
+from lora_dist.config import TrainConfig
 from lora_dist.environment import shipped
 from lora_dist.errors import UserError, did_you_mean
 
 # Prefixes of the variables that `accelerate launch` sets for the ranks.
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+
+SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)}
+COUNTS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}  # of an accelerate config, and the least of each
+RECIPE_HAS = {
+    "CONFIG": lambda value: isinstance(value, TrainConfig),
+    "GPU": lambda value: isinstance(value, dict) and {"model_name_or_path", "dataset_name"} <= value.keys() <= SETTINGS,
+    "EMBEDDED": lambda value: RECIPE_HAS["GPU"](value),
+    "main": callable,
+}
 
 
 def find_recipe(recipe: str) -> Path:
@@ -41,19 +51,21 @@ def _find(setting: str, kind: str, asked: str, folder: str, suffix: str) -> Path
 
 
 def load_recipe(recipe: Path) -> ModuleType:
-    """The recipe's module, not run. Raises UserError if it cannot be imported or lacks a name that a recipe has."""
+    """The recipe's module, not run. Raises UserError if it cannot be imported or lacks what a recipe has."""
+    what = f"recipe {recipe}"
     spec = importlib.util.spec_from_file_location(recipe.stem, recipe)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(recipe.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"recipe {recipe}: {type(error).__name__}: {error}") from None
+        with boundary(what):
+            spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise UserError(f"{what}: ends Python while it is imported (exit code {error.code})") from None
     finally:
         sys.path.pop(0)
-    missing = [name for name in ("CONFIG", "GPU", "EMBEDDED", "main") if not hasattr(module, name)]
-    if missing:
-        raise UserError(f"recipe {recipe}: has no {', '.join(missing)}; see recipes/opt_quotes.py")
+    wrong = [name for name, fits in RECIPE_HAS.items() if not fits(getattr(module, name, None))]
+    if wrong:
+        raise UserError(f"{what}: has no {', '.join(wrong)}, or not as recipes do; see recipes/opt_quotes.py")
     return module
 
 
@@ -71,7 +83,7 @@ def launcher_env(config_file: Path, num_ranks: int) -> dict[str, str]:
 
     words = ["--config_file", str(config_file), "--num_processes", str(num_ranks), "--main_process_port", "0"]
     words += [*launcher_flags(config_file, num_ranks), "recipe.py"]
-    try:
+    with boundary(f"--config_file {config_file}", "compare it with the files in accelerate_configs/"):
         args = launch.launch_command_parser().parse_args(words)
         args, defaults, _ = launch._validate_launch_command(args)
         if args.use_deepspeed:
@@ -81,9 +93,10 @@ def launcher_env(config_file: Path, num_ranks: int) -> dict[str, str]:
             env = prepare_multi_gpu_env(args)
         else:
             env = prepare_simple_launcher_cmd_env(args)[1]
-    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config_file {config_file}: {' '.join(str(error).split())}") from None
     env = {name: value for name, value in sorted(env.items()) if name.startswith(LAUNCHER_PREFIXES)}
+    for name, value in env.items():
+        if not value.isprintable():  # no variable can hold every character
+            raise UserError(f"--config_file {config_file}: {name}: {ascii(value)}: must be printable characters")
     deepspeed = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if deepspeed != "none" and not Path(deepspeed).is_file():
         # accelerate_configs/zero3.yaml names launch/deepspeed/zero3.json, a path from the folder above its own
@@ -102,11 +115,20 @@ def launcher_flags(config_file: Path, num_ranks: int) -> list[str]:
 
 
 def read_config_file(config_file: Path) -> dict:
-    """What an accelerate config holds. Raises UserError if it cannot be read."""
-    try:
-        settings = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config_file {config_file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--config_file {config_file}: must hold one `name: value` per line, as accelerate writes it")
+    """What an accelerate config holds. Raises UserError if it cannot be read, or holds something else."""
+    what = f"--config_file {config_file}"
+    settings = read_yaml_settings(config_file, what)
+    if not settings:
+        raise UserError(f"{what}: is empty; accelerate config writes such a file, see accelerate_configs/")
+    for name, value in settings.items():
+        fits, rule = True, ""
+        if name.endswith("_config"):
+            fits, rule = isinstance(value, dict | None), "must be a mapping"
+        elif name in COUNTS:
+            fits = value is None or (type(value) is int and COUNTS[name] <= value < 10**6)
+            rule = f"must be a whole number, {COUNTS[name]} or more"
+        elif name == "distributed_type":
+            fits, rule = isinstance(value, str | bool), "must be a name, such as FSDP"
+        if not fits:
+            raise UserError(f"{what}: {name}: {ascii(value)[:60]}: {rule}")
     return settings

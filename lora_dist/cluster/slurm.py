@@ -11,10 +11,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_dist.boundary import boundary
 from lora_dist.cluster.shell import Bash, assign, code_of_user, comment, directive, quote, text_of
 from lora_dist.config import setting
 from lora_dist.errors import UserError, require
 
+PATIENCE_S = 120.0  # for an answer of Slurm
 RANK_LAUNCHERS = ("srun", "accelerate")
 # Options of sbatch that `lora-dist submit` sets itself; --sbatch KEY=VALUE may not set them.
 RESERVED_KEYS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "output", "error", "open-mode", "signal",
@@ -107,7 +109,8 @@ class SlurmOptions:
         _require(not (self.python or "").startswith("-"), "python", self.python, "must be a program, not an option")
         for command in self.setup:
             checked = subprocess.run(["bash", "-n"], input=command.encode(errors="replace"), capture_output=True)
-            valid = command.strip() and not checked.returncode and not checked.stderr
+            text = re.sub(r"[\n\t]", " ", command)
+            valid = text.strip() and text.isprintable() and not checked.returncode and not checked.stderr
             _require(valid, "setup", ascii(command), "must be a complete command of bash")
 
     @property
@@ -274,8 +277,8 @@ start_ranks() {  # arguments of python; srun starts one launcher per node, which
   exec "${srun[@]}" --output="$logs" bash -c '
     trap "" USR1
     exec "$1" -m accelerate.commands.launch --config_file "$2" --num_processes $((SLURM_NNODES * $3)) \\
-      --num_machines $SLURM_NNODES --machine_rank $SLURM_NODEID --main_process_ip $MASTER_ADDR \\
-      --main_process_port $MASTER_PORT "${@:4}"' - "$python" "$accelerate_config" "$ranks_per_node" \\
+      --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_ADDR" \\
+      --main_process_port "$MASTER_PORT" "${@:4}"' - "$python" "$accelerate_config" "$ranks_per_node" \\
     "${accelerate_flags[@]}" "$@"
 }
 """),
@@ -289,25 +292,44 @@ def submit(script: Path, *options: str) -> str:
     """
     if not shutil.which("sbatch"):
         raise UserError(f"sbatch: not found on this machine; give {script} to sbatch on a machine of the cluster")
-    done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
+    done = _ask("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         errors = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"sbatch: {': '.join(errors) or f'exit code {done.returncode}'}")
-    return done.stdout.strip().split(";")[0]
+        raise UserError(f"sbatch: {', '.join(errors) or f'exit code {done.returncode}'}")
+    found = re.search(r"^([0-9]+)(;.*)?$", done.stdout, re.MULTILINE)
+    if not found:
+        raise UserError(f"sbatch: printed {ascii(done.stdout[:100])}, which is no job id; see squeue --me")
+    return found[1]
 
 
 def expected_start(text: str) -> str:
     """Slurm's own line on whether and when it would start a job with this sbatch file."""
     if not shutil.which("sbatch"):
         return "sbatch: not found on this machine, so the expected start is not known"
-    done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
-    return done.stderr.strip().splitlines()[-1]
+    done = _ask("sbatch", "--test-only", text=text)
+    return (done.stderr.strip().splitlines() or [f"sbatch: exit code {done.returncode}, without a message"])[-1]
 
 
-def job_fields(job_id: str) -> dict[str, str]:
-    """The fields of `scontrol show job`, such as JobState, Reason and NodeList; {} if Slurm does not know the job."""
-    if not shutil.which("scontrol"):
+def job_fields(job_id: object) -> dict[str, str]:
+    """The fields of `scontrol show job`, such as JobState, Reason and NodeList; {} if Slurm does not know the job.
+
+    `job_id` comes from a file, so it may be anything.
+    """
+    if not re.fullmatch(r"[0-9]+([_+][0-9]+)?", str(job_id)) or not shutil.which("scontrol"):
         return {}
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
+    done = _ask("scontrol", "--oneliner", "show", "job", str(job_id))
     lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return dict(word.split("=", 1) for word in lines[0].split() if "=" in word) if lines else {}
+    fields = {}
+    for word in lines[0].split() if lines else ():
+        name, equals, value = word.partition("=")
+        if equals and word.isprintable():
+            fields.setdefault(name, value)  # the first one: later ones may stand in a path with spaces
+    return fields if "JobState" in fields else {}
+
+
+def _ask(*command: str, text: str = "") -> subprocess.CompletedProcess:
+    """Run a command of Slurm. Raises UserError if it cannot be run, or does not end."""
+    with boundary(command[0], "scontrol ping tells whether Slurm's controller answers"):
+        return subprocess.run(
+            command, input=text, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE_S
+        )  # fmt: skip

@@ -71,11 +71,13 @@ class RunStatus:
         job = self.job
         if not job:
             return f"job: {self.job_id}, which Slurm does not know here, or no longer knows"
+        reason, start, nodes, ran, limit, restarts = (
+            job.get(name, "unknown") for name in ("Reason", "StartTime", "NodeList", "RunTime", "TimeLimit", "Restarts")
+        )
         line = f"job: {self.job_id} {job['JobState']}"
         if job["JobState"] == "PENDING":
-            return f"{line} ({job['Reason']}), expected to start {job['StartTime']}"
-        requeues = count(int(job["Restarts"]), "requeue")
-        return f"{line} on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}, {requeues}"
+            return f"{line} ({reason}), expected to start {start}"
+        return f"{line} on {nodes}, {ran} of {limit}, {restarts} {'requeue' if restarts == '1' else 'requeues'}"
 
 
 def _hours(seconds: float) -> str:

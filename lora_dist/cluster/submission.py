@@ -16,8 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 import lora_dist
-from lora_dist.boundary import read_text
+from lora_dist.boundary import boundary, read_json, read_text
 from lora_dist.cluster import slurm
 from lora_dist.cluster.recipe import (
     find_config_file,
@@ -34,7 +36,7 @@ from lora_dist.environment import COMMIT_FILE, git_commit
 from lora_dist.errors import UserError, require
 from lora_dist.files import write_whole
 from lora_dist.flags import as_flags, parse_recipe_config
-from lora_dist.run.folder import RunFolder, write_config
+from lora_dist.run.folder import RunFolder, config_text
 
 # States of a Slurm job that has ended.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
@@ -100,24 +102,46 @@ def prepare(submission: Submission, *, quiet: bool = False) -> None:
         sys.exit(done.returncode)
 
 
-def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
-    """Copy code and settings into the run folder and write job.sbatch beside them. Returns its path. Raises UserError.
+def job_files(submission: Submission, command: str, *, offline: bool) -> dict[str, str]:
+    """Name to text of the files that a job reads, apart from code. Writes nothing.
 
     `offline`: everything that the job needs from the hub is downloaded already.
+
+    Raises UserError if a file that a setting names cannot be read, or if the run folder holds files of others.
     """
+    submission.folder.refuse_files_of_others()
+    config, final = submission.config, submission.folder.job
+    settings, env, files = read_config_file(submission.config_file), submission.env(), {}
+    deepspeed_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if deepspeed_file != "none":
+        files["deepspeed.json"] = read_text(deepspeed_file, f"--config_file {submission.config_file}: {deepspeed_file}")
+        copy = env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(final / "deepspeed.json")
+        settings["deepspeed_config"]["deepspeed_config_file"] = copy
+    # Copies have names of ours, because theirs may be job.sbatch.
+    for setting, name in (("deepspeed", "deepspeed.json"), ("chat_template", "chat_template.jinja")):
+        if file := getattr(config, setting):
+            files[name] = read_text(file, f"--{setting} {file}")
+            config = dataclasses.replace(config, **{setting: str(final / name)})
+    return files | {
+        "accelerate.yaml": yaml.safe_dump(settings, sort_keys=False, width=1000),
+        "accelerate.env": text_of(assign(**{name: value}) for name, value in env.items()),
+        "config.yaml": config_text(config),
+        "job.sbatch": slurm.render(job_of(submission, command, offline=offline)),
+    }
+
+
+def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
+    """Write the job folder: `job_files`, and a copy of the code. Returns the path of job.sbatch. Raises UserError."""
     folder, partial = submission.folder, submission.folder.partial_name(submission.folder.job)
-    folder.refuse_files_of_others()
-    try:
+    files = job_files(submission, command, offline=offline)
+    with boundary(f"--output_dir {folder.root}", "give a folder that can be written"):
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.logs.mkdir(exist_ok=True)
         folder.make_partial(folder.job)
         _copy_code(submission.recipe, partial / "code")
-        config = _copy_named_files(submission, partial)
-        write_config(partial / "config.yaml", config)
-        write_whole(partial / "job.sbatch", slurm.render(job_of(submission, command, offline=offline)))
+        for name, text in files.items():
+            write_whole(partial / name, text)
         folder.put_in_place(partial, folder.job)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder.root}: cannot be written: {error.strerror}") from None
     return folder.job / "job.sbatch"
 
 
@@ -127,28 +151,8 @@ def _copy_code(recipe: Path, code: Path) -> None:
     (code / COMMIT_FILE).write_text(git_commit() or "")
     (code / "recipes").mkdir()
     for file in recipe.parent.glob("*.py"):  # the recipe may import the files beside it
-        shutil.copy(file, code / "recipes")
-
-
-def _copy_named_files(submission: Submission, job: Path) -> TrainConfig:
-    """Copy the files that settings name into the job folder. Returns the settings with the paths of the copies."""
-    config, final = submission.config, submission.folder.job
-    text = submission.config_file.read_text(encoding="utf-8")
-    env = submission.env()
-    deepspeed_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if deepspeed_file != "none":
-        write_whole(job / "deepspeed.json", read_text(deepspeed_file, f"accelerate config {submission.config_file}"))
-        copy = str(final / "deepspeed.json")
-        named = read_config_file(submission.config_file)["deepspeed_config"]["deepspeed_config_file"]
-        text, env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text.replace(named, copy), copy
-    write_whole(job / "accelerate.yaml", text)
-    write_whole(job / "accelerate.env", text_of(assign(**{name: value}) for name, value in env.items()))
-    for setting, name in (("deepspeed", "deepspeed.json"), ("chat_template", "chat_template.jinja")):
-        file = getattr(config, setting)
-        if file:  # under our own name, because theirs may be job.sbatch
-            write_whole(job / name, read_text(file, f"--{setting} {file}"))
-            config = dataclasses.replace(config, **{setting: str(final / name)})
-    return config
+        if file.is_file():
+            shutil.copy(file, code / "recipes")
 
 
 def job_of(submission: Submission, command: str, *, offline: bool) -> Job:
@@ -205,6 +209,6 @@ def open_job(folder: RunFolder) -> tuple[str, str] | None:
     file = folder.job / "submitted.json"
     if not file.exists():
         return None
-    job_id = json.loads(file.read_text(encoding="utf-8"))["job_id"]
+    job_id = read_json(file, f"--output_dir {folder.root}: job/submitted.json").get("job_id")
     state = slurm.job_fields(job_id).get("JobState")
     return (job_id, state) if state and state not in ENDED else None

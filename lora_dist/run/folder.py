@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -22,9 +23,9 @@ STATUSES = ("running", "completed", "preempted", "failed")
 LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still hold the lock
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
-    """Write all settings as YAML that `--config` reads back. Raises OSError."""
-    write_whole(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+def config_text(config: TrainConfig) -> str:
+    """All settings as YAML that `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def read_training_state(checkpoint: Path) -> dict:
@@ -152,7 +153,7 @@ class RunFolder:
             self.write_config(config)
 
     def write_config(self, config: TrainConfig) -> None:
-        write_config(self.config, config)
+        write_whole(self.config, config_text(config))
 
     def write_state(self, status: str, step: int, summary: dict | None = None, *, rank_lost: bool = False) -> None:
         """Write state.json. Raises OSError.
@@ -208,8 +209,8 @@ class RunFolder:
 
     def wandb_sync_command(self) -> str | None:
         """The command that uploads the pending W&B directories; None if there are none."""
-        pending = " ".join(map(str, self.wandb_pending()))
-        return f"wandb sync {pending}" if pending else None
+        pending = self.wandb_pending()
+        return shlex.join(["wandb", "sync", *map(str, pending)]) if pending else None
 
     def record_failure(self, why: str, *, rank_lost: bool = False, refused: bool = False) -> None:
         """Set the status to "failed", at the step that was last saved. Does nothing if that cannot be written.

@@ -7,6 +7,7 @@ disk. Then it sends the later steps that metrics.jsonl holds, and skips new step
 import json
 import netrc
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -96,7 +97,7 @@ class WandbMirror:
         incomplete = ""
         if time.monotonic() - started >= FINISH_S:
             incomplete = f"; the server did not take all data within {FINISH_S} s: "
-            incomplete += f"upload the run with: lora-dist push {self.folder.root}"
+            incomplete += f"upload the run with: lora-dist push {shlex.quote(str(self.folder.root))}"
         self.print_line(f"wandb: {self.where()}{incomplete}")
 
     def fail(self, why: str) -> None:
@@ -204,7 +205,7 @@ def push(folder: RunFolder, project: str | None, entity: str | None) -> str:
     except wandb.errors.Error as error:
         raise UserError(f"WANDB_BASE_URL {_base_url()}: {str(error).splitlines()[0]}") from None
     replay(wandb_run, folder, after=-1)
-    where = wandb_run.url or f"offline; upload with: wandb sync {Path(wandb_run.dir).parent}"
+    where = wandb_run.url or f"offline; upload with: wandb sync {shlex.quote(str(Path(wandb_run.dir).parent))}"
     wandb_run.finish(exit_code=int(folder.read_state()["status"] == "failed"))
     return where
 

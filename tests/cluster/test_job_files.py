@@ -137,14 +137,15 @@ STUBS = {
     "srun": 'trap : USR1; [[ "$*" = *doctor* ]] && what=doctor || what=recipe; echo $what >>"$FOLDER/calls"; '
     '[ -z "$STATE" ] || echo "$STATE" >"$FOLDER/run/state.json"; '
     '[ -z "$SIGNAL" ] || { kill -USR1 $PPID; sleep 0.3; }; exit "$CODE"',
-    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >>"$FOLDER/requeued"; exit "$SCONTROL"; fi',
+    "scontrol": 'if [ "$1" = show ]; then [ "$3" = none ] && exit 1; [ "$3" = empty ] || echo node1; else '
+    'echo "$@" >>"$FOLDER/requeued"; exit "$SCONTROL"; fi',
     "sleep": 'exec /bin/sleep 0.1',
 }  # fmt: skip
 
 
 def run_body(folder: Path, *, code: int, status: str | None = "running", rank_lost: bool = False, signal: bool = False,
-             starts: str | None = None, restarts: int = 0, scontrol: int = 0, step: int = 7,
-             preflight: str = "false"):  # fmt: skip
+             starts: str | None = None, restarts: int = 0, scontrol: int = 0, step: int | str = 7,
+             preflight: str = "false", slurm: dict | None = None):  # fmt: skip
     """(exit code of the job, whether it was requeued, what it said)."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "run").mkdir(exist_ok=True)
@@ -159,10 +160,13 @@ def run_body(folder: Path, *, code: int, status: str | None = "running", rank_lo
     env = {
         "PATH": f"{folder}/bin:{os.environ['PATH']}", "FOLDER": str(folder), "STATE": state or "", "CODE": str(code),
         "SIGNAL": "1" if signal else "", "SCONTROL": str(scontrol), "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node1",
-    }  # fmt: skip
+    } | (slurm or {})  # fmt: skip
     if restarts:
         env["SLURM_RESTART_COUNT"] = str(restarts)
-    done = subprocess.run(["bash"], input=render(script), env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["bash"], input=render(script), env=env, cwd=folder, capture_output=True, text=True, timeout=20
+    )
+    assert not (folder / "MARK").exists()
     requeued = (folder / "requeued").exists() and (folder / "requeued").read_text() == "requeue 12\n"
     return done.returncode, requeued, done.stdout
 
@@ -212,6 +216,35 @@ def test_a_failed_preflight_trains_nothing(tmp_path):
     code, requeued, said = run_body(tmp_path, code=1, status=None, preflight="true")
     assert (code, requeued) == (1, False) and "the preflight failed (1): nothing was trained" in said
     assert (tmp_path / "calls").read_text() == "doctor\n"
+
+
+NO_COUNTS = ("x", "-1", "1.5", "08", "9" * 30, "a[$(touch MARK)]", "1 2", "1;touch MARK")
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_NNODES"])
+@pytest.mark.parametrize("value", NO_COUNTS)
+def test_boundary_what_slurm_says_must_be_a_number(tmp_path, name, value):
+    code, requeued, said = run_body(tmp_path, code=0, slurm={name: value})
+    assert (code, requeued) == (2, False)
+    assert (
+        f"error: {name} '{value}': must be a whole number; give this file to sbatch" in said and said.count("\n") == 1
+    )
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("slurm", [{"SLURM_JOB_ID": ""}, {"SLURM_JOB_NODELIST": ""}, {"SLURM_JOB_NODELIST": "empty"}])
+def test_boundary_without_a_job_of_slurm_nothing_is_started(tmp_path, slurm):
+    code, _, said = run_body(tmp_path, code=0, slurm=slurm)
+    assert code == 2 and "error: SLURM_JOB_ID" in said and said.count("\n") == 1
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("step", NO_COUNTS)
+def test_safety_no_text_in_a_run_folder_is_run(tmp_path, step):
+    """bash runs a command that is in the index of an array, in the text of a number that it computes with."""
+    code, _, said = run_body(tmp_path, code=0, status="completed", restarts=1, starts=f"{step} {step}", step=step)
+    assert code == 0 and "start 2 on node1" in said and "at step 0" in said
+    assert (tmp_path / "run/.starts").read_text() in ("0 0\n", "0 1\n")
 
 
 def test_shellcheck():

@@ -11,7 +11,7 @@ import yaml
 from lora_dist import environment
 from lora_dist.cluster.recipe import LAUNCHER_PREFIXES
 from lora_dist.cluster.slurm import SlurmOptions
-from lora_dist.cluster.submission import job_of, read_submission, write_job
+from lora_dist.cluster.submission import job_files, job_of, read_submission, write_job
 from lora_dist.errors import UserError
 from tests.helpers.ranks import BIN, ROOT
 
@@ -132,7 +132,7 @@ def test_a_config_that_accelerate_cannot_read_is_one_line(tmp_path):
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module\n")
-    with pytest.raises(UserError, match="broken.py: ModuleNotFoundError: No module named 'no_such_module'"):
+    with pytest.raises(UserError, match=r"broken.py: No module named 'no_such_module' \(ModuleNotFoundError\)"):
         read(tmp_path, recipe=str(tmp_path / "broken.py"))
 
 
@@ -143,3 +143,77 @@ def test_prepare_downloads_tokenizes_checks_and_leaves(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("prepared: embedded (4.24 MiB), embedded\n")
     assert not (tmp_path / "run").exists()
+
+
+GARBAGE = {
+    "not UTF-8": b"\xff\xfe\x00",
+    "nothing": b"",
+    "a list": b"- 1\n",
+    "a text": b"hello",
+    "deep": b"a: " + b"[" * 100_000,
+    "an alias": b"a: &x 1\nb: *x\n",
+    "a key twice": b"distributed_type: FSDP\ndistributed_type: NO\n",
+    "a type that is a list": b"distributed_type: [FSDP]\n",
+    "no such type": b"distributed_type: HSDP\n",
+    "processes as text": b"distributed_type: FSDP\nnum_processes: two\n",
+    "no processes": b"distributed_type: FSDP\nnum_processes: 0\n",
+    "very many machines": b"distributed_type: FSDP\nnum_machines: 99999999999999999999\n",
+    "fsdp as a list": b"distributed_type: FSDP\nfsdp_config: [1]\n",
+    "deepspeed as true": b"distributed_type: DEEPSPEED\ndeepspeed_config: true\n",
+    "megatron as text": b"distributed_type: MEGATRON_LM\nmegatron_lm_config: x\n",
+    "a control character": b'distributed_type: FSDP\nfsdp_config: {fsdp_version: "2\\0"}\n',
+    "an unknown key": b"distributed_type: FSDP\nno_such_key: 1\n",
+    "precision": b"distributed_type: FSDP\nmixed_precision: [bf16]\ndynamo_backend: 3\n",
+    "no such deepspeed file": b"distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: /no/such}\n",
+    "a device": b"distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: /dev/zero}\n",
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_boundary_a_config_of_accelerate_that_is_garbage_is_one_line_and_nothing_is_begun(tmp_path, what):
+    file = tmp_path / "odd.yaml"
+    file.write_bytes(GARBAGE[what])
+    with pytest.raises(UserError, match="^--config_file ") as error:
+        write_job(read(tmp_path, config_file=str(file)), "lora-dist submit", offline=True)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+    assert not (tmp_path / "run").exists()
+
+
+def test_boundary_a_file_that_a_setting_names_is_read_before_anything_is_written(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for flag in ("--chat_template", "--deepspeed"):
+        submission = read(tmp_path, flag, str(tmp_path / "fifo"))
+        with pytest.raises(UserError, match=f"^{flag} .*: this is not a regular file"):
+            write_job(submission, "lora-dist submit", offline=True)
+    assert not (tmp_path / "run").exists()
+
+
+CONFIG = "import lora_dist\nCONFIG = lora_dist.TrainConfig()\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["raise SystemExit(3)", "CONFIG = 3", "(", "\0", f"{CONFIG}GPU = EMBEDDED = {{}}\ndef main(): 0",
+     f"{CONFIG}GPU = EMBEDDED = dict(model_name_or_path=1, dataset_name=1, x=1)\ndef main(): 0",
+     "def f(): f()\nf()", "raise Exception('two\\nlines')"],
+)  # fmt: skip
+def test_boundary_a_recipe_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "broken.py").write_text(f"{text}\n")
+    with pytest.raises(UserError, match=r"^recipe .*broken.py: ") as error:
+        read(tmp_path, recipe=str(tmp_path / "broken.py"))
+    assert str(error.value).isprintable()
+
+
+def test_safety_a_dry_run_shows_the_file_that_is_submitted_and_reads_all_that_a_submission_reads(tmp_path):
+    submission = read(tmp_path, "--chat_template", str(tmp_path / "no_such"))
+    with pytest.raises(UserError, match="^--chat_template .*no_such: "):
+        job_files(submission, "lora-dist submit", offline=True)
+    submission = read(tmp_path)
+    shown = job_files(submission, "lora-dist submit", offline=True)
+    assert not (tmp_path / "run").exists()
+    job = write_job(submission, "lora-dist submit", offline=True).parent
+    assert {name: (job / name).read_text() for name in shown} == shown and "job.sbatch" in shown
+    (tmp_path / "run/notes.txt").write_text("of others")
+    (tmp_path / "run/config.yaml").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="holds files that no run of lora-dist wrote"):
+        job_files(submission, "lora-dist submit", offline=True)
