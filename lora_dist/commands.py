@@ -176,6 +176,8 @@ def submit(args) -> None:
         print(text, end="", flush=True)
         print(slurm.expected_start(text), file=sys.stderr)
         return
+    slurm.check_sbatch()
+    submission.job_files(asked, command, offline=False)  # what it refuses is refused before the download
     if args.prepare == "here":
         submission.prepare(asked, quiet=args.json)
     submitted = submission.submit(asked, command, prepare=args.prepare)

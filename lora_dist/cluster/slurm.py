@@ -285,13 +285,18 @@ start_ranks() {  # arguments of python; srun starts one launcher per node, which
 }
 
 
+def check_sbatch() -> None:
+    """Raises UserError if jobs cannot be submitted from here."""
+    if not shutil.which("sbatch"):
+        why = "not found on this machine; use a machine of the cluster, or see the job's file with --dry-run"
+        raise UserError(f"sbatch: {why}")
+
+
 def submit(script: Path, *options: str) -> str:
     """Submit an sbatch file. `options` are more options of sbatch.
 
     Returns the job id. Raises UserError with sbatch's own message.
     """
-    if not shutil.which("sbatch"):
-        raise UserError(f"sbatch: not found on this machine; give {script} to sbatch on a machine of the cluster")
     done = _ask("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         errors = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip()]

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from lora_dist.config import TrainConfig
 from lora_dist.environment import COMMIT_FILE, git_commit
 from lora_dist.errors import UserError, require
 from lora_dist.files import write_whole
-from lora_dist.flags import as_flags, parse_recipe_config
+from lora_dist.flags import parse_recipe_config
 from lora_dist.run.folder import RunFolder, config_text
 
 # States of a Slurm job that has ended.
@@ -95,9 +96,11 @@ def prepare(submission: Submission, *, quiet: bool = False) -> None:
     options = submission.options
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": options.num_ranks, "LOCAL_WORLD_SIZE": options.num_local_ranks}
     env = os.environ | submission.env() | {name: str(value) for name, value in rank.items()}
-    config = dataclasses.replace(submission.config, prepare_only=True)
-    command = [sys.executable, str(submission.recipe), *as_flags(dataclasses.asdict(config))]
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL if quiet else None)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(config_text(submission.config))  # as the job reads it: a flag could not hold every value
+        file.flush()
+        command = [sys.executable, str(submission.recipe), "--config", file.name, "--prepare_only", "true"]
+        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL if quiet else None)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -107,9 +110,14 @@ def job_files(submission: Submission, command: str, *, offline: bool) -> dict[st
 
     `offline`: everything that the job needs from the hub is downloaded already.
 
-    Raises UserError if a file that a setting names cannot be read, or if the run folder holds files of others.
+    Raises UserError if a file that a setting names cannot be read, if the run folder holds files of others, or if a
+    job of the run has not ended.
     """
     submission.folder.refuse_files_of_others()
+    if earlier := open_job(submission.folder):
+        job_id, state = earlier
+        root = submission.folder.root
+        raise UserError(f"--output_dir {root}: job {job_id} of this run is {state}; scancel {job_id} first")
     config, final = submission.config, submission.folder.job
     settings, env, files = read_config_file(submission.config_file), submission.env(), {}
     deepspeed_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -182,9 +190,6 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
     job is left.
     """
     folder = submission.folder
-    if earlier := open_job(folder):
-        job_id, state = earlier
-        raise UserError(f"--output_dir {folder.root}: job {job_id} of this run is {state}; scancel {job_id} first")
     script = write_job(submission, command, offline=prepare != "no")
     submitted = {"submitted": round(time.time()), "command": command}
     try:

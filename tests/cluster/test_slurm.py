@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_dist.cluster.slurm import Job, SlurmOptions, render
 from tests.helpers.ranks import BIN, PATIENCE_S, ROOT, fork_ranks
 from tests.helpers.slurm_cluster import Cluster, missing, until
 
@@ -142,6 +143,34 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     assert sorted(said) == sorted(ranks * 2)  # at both starts
 
     assert job.log.count("node2  2      cpu") == 2 and "no problems found" in job.log  # the preflight's table
+
+
+ODD = "a b $(touch MARK)'; touch MARK; \"#&é*~{x}"
+
+
+def test_safety_slurm_reads_the_values_that_were_written(cluster, tmp_path):
+    """Slurm has its own rules for quotes in the head of a file; here Slurm itself reads them."""
+    text = ODD.replace("/", "")
+    options = SlurmOptions(ranks_per_node=2, sbatch=[f"comment={text}\\", "hold=true"][:1])
+    logs = f"{tmp_path}/{text}/%j-node%n.log"
+    job = Job("a", options, run=str(tmp_path), recipe=("x",), logs=logs, python="python", about=text)
+    file = tmp_path / "job.sbatch"
+    file.write_text(render(job), encoding="utf-8")
+    job_id = cluster.sbatch("--hold", str(file))
+    shown = cluster.run("scontrol", "show", "job", job_id).stdout
+    cluster.run("scancel", job_id)
+    assert f"   StdOut={tmp_path}/{text}/{job_id}-node0.log\n" in shown
+    assert f"   Comment={text}\\" in shown
+
+
+@pytest.mark.slow
+def test_safety_a_run_whose_names_hold_every_character_trains(cluster, tmp_path):
+    folder, recipe = tmp_path / ODD, tmp_path / f"{ODD}.py"
+    recipe.write_text((ROOT / "recipes/opt_quotes.py").read_text())
+    job = submit(cluster, folder, "--max_steps 4", options="--ranks-per-node 1", recipe=recipe)
+    job.end("COMPLETED")
+    assert job.state["status"] == "completed" and job.log_file.parent == folder / "logs"
+    assert not list(tmp_path.rglob("MARK")) and not Path("MARK").exists()
 
 
 @pytest.mark.slow

@@ -1,17 +1,21 @@
 """What `lora-dist submit` writes into the job folder: copies, and the variables that accelerate would set."""
 
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from lora_dist import environment
+from lora_dist import cli, environment
+from lora_dist.cluster import submission
 from lora_dist.cluster.recipe import LAUNCHER_PREFIXES
 from lora_dist.cluster.slurm import SlurmOptions
-from lora_dist.cluster.submission import job_files, job_of, read_submission, write_job
+from lora_dist.cluster.submission import job_files, job_of, prepare, read_submission, write_job
 from lora_dist.errors import UserError
 from tests.helpers.ranks import BIN, ROOT
 
@@ -217,3 +221,42 @@ def test_safety_a_dry_run_shows_the_file_that_is_submitted_and_reads_all_that_a_
     (tmp_path / "run/config.yaml").unlink(missing_ok=True)
     with pytest.raises(UserError, match="holds files that no run of lora-dist wrote"):
         job_files(submission, "lora-dist submit", offline=True)
+
+
+def test_safety_prepare_hands_every_value_on_as_it_is(tmp_path, monkeypatch):
+    config = dataclasses.replace(read(tmp_path).config, sample_prompt="--help $(touch MARK)\n'x'", dataset_config="-o")
+    seen = []
+
+    def run(command, *, env, stdout):
+        assert command[2] == "--config" and command[4:] == ["--prepare_only", "true"]
+        seen.append(yaml.safe_load(Path(command[3]).read_text()))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    prepare(dataclasses.replace(read(tmp_path), config=config))
+    assert seen == [dataclasses.asdict(config)]
+
+
+def test_boundary_a_submission_is_refused_before_anything_is_downloaded_or_written(tmp_path, monkeypatch, capsys):
+    """And with a stub of sbatch, the commands that are printed hold the path as one word."""
+    monkeypatch.setattr(submission, "prepare", lambda *args, **options: pytest.fail("downloaded"))
+    words = ["submit", "--ranks-per-node", "2", "opt_quotes", "--output_dir", str(tmp_path / "a $(touch MARK) b")]
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match="^sbatch: not found on this machine; use a machine of the cluster"):
+        cli.run(words)
+    (tmp_path / "bin").mkdir()
+    for name, text in {"sbatch": "echo 12", "scontrol": "echo JobId=12 JobState=RUNNING"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin/bash").symlink_to("/bin/bash")
+    with pytest.raises(UserError, match="^--chat_template no_such: "):
+        cli.run([*words, "--chat_template", "no_such"])
+    assert not (tmp_path / "a $(touch MARK) b").exists()
+    monkeypatch.setattr(submission, "prepare", lambda *args, **options: None)
+    cli.run(words)
+    follow, status = capsys.readouterr().out.splitlines()[-2:]
+    folder = str(tmp_path / "a $(touch MARK) b")
+    assert shlex.split(follow) == ["follow:", "tail", "-F", f"{folder}/logs/12-node0.log"]
+    assert shlex.split(status) == ["status:", "lora-dist", "status", folder]
+    with pytest.raises(UserError, match="job 12 of this run is RUNNING; scancel 12 first"):
+        cli.run(words)
