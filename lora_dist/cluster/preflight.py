@@ -306,7 +306,7 @@ def _seconds(start: Callable[[], list[dist.Work]], what: str, device: torch.devi
     except RuntimeError as error:
         if "timed out" not in str(error).lower():  # the other end gave up on a third rank: let it report that first
             time.sleep(1.0)
-        why = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]  # without gloo's source line and advice
+        why = str(error).partition("\n")[0].rpartition("] ")[2].split(". ")[0]  # without gloo's source line and advice
         raise _give_up(f"{what} failed: {why}") from None
     return (time.perf_counter() - started) / REPEATS
 
