@@ -80,11 +80,11 @@ def read_submission(recipe: str, flags: list[str], config_file: str | None, opti
 
 
 def _check_paths(root: Path, options: SlurmOptions) -> None:
-    """Raises UserError for characters that quotes cannot protect, because Slurm itself gives them a meaning."""
-    why = "must be printable characters, without % and \\, which Slurm replaces in the names of log files"
-    require(str(root).isprintable() and not set(str(root)) & set("%\\"), "output_dir", ascii(str(root)), why)
+    """Raises UserError for characters that quotes cannot protect, because those who read the path replace them."""
+    why = "must be printable characters, without % and \\ (names of Slurm's logs) and : (PYTHONPATH)"
+    require(str(root).isprintable() and not set(str(root)) & set("%\\:"), "output_dir", ascii(str(root)), why)
     if options.container_image:
-        why = "must have no comma and no colon, which separate the mounts of a container; and so the current folder"
+        why = "it or the current folder has a comma or a colon, which separate the mounts of a container"
         require(not set(f"{root}{Path.cwd()}") & set(",:"), "output_dir", root, why)
 
 

@@ -22,6 +22,7 @@ TEXTS = [
     "x$(touch MARK)", "`touch MARK`", ";touch MARK", '"; touch MARK; "', "'; touch MARK; '", "a\ntouch MARK\n",
     "&& touch MARK", "x|touch MARK", "> MARK", "x>MARK", "-o", "--help", "$IFS;touch${IFS}MARK", "x$(touch${IFS}MARK)",
     "~", "*", "a b", "ä€", "a\\", 'a"', "a'", "#x", "!x", "{a,b}", "a[$(touch${IFS}MARK)]", "a\x00b", "\x1b[31m", "=x",
+    "a:b", "a,b",
     "%x", "a\u2028b", "\udcff", "",
 ]  # fmt: skip
 STUBS = {
