@@ -396,6 +396,16 @@ class TrackingSettings:
     eval_steps: int = setting(
         0, "Evaluate every this many steps; 0 for only at the start and the end.", STEPS_OR_0, resume="free"
     )
+    load_best_model_at_end: bool = setting(
+        False,
+        "Make adapter/ from the checkpoint with the lowest held-out loss instead of the last step. Needs --eval_steps "
+        "and --save_steps.",
+        resume="free",
+    )
+    early_stopping_patience: int = setting(
+        0, "End the run after this many evaluations in a row without a lower held-out loss; 0 for never.",
+        Bounds(0, 1_000_000, "evaluations"), resume="ask",
+    )  # fmt: skip
     report_to: str = setting(
         "wandb",
         "Where metrics go beside metrics.jsonl: none, or some of wandb, tensorboard, trackio and accelerate's other "
@@ -417,6 +427,9 @@ class TrackingSettings:
     hub_model_id: str | None = setting(None, "Repository on the hub to push the adapter to.", resume="free")
 
     def check(self) -> None:
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            value = getattr(self, name)
+            require(self.eval_steps or not value, name, value, "needs --eval_steps N, to evaluate while it trains")
         _check_trackers(self.report_to)
         to_wandb = "wandb" in self.report_to.split(",")
         why = "has no effect without --report_to wandb"
@@ -448,6 +461,8 @@ class TrainConfig(*reversed(GROUPS)):
         counts = f"--gradient_accumulation_steps {self.gradient_accumulation_steps} --max_length {self.max_length}"
         why = f"with {counts}: {tokens:,} tokens per rank and step; it must be at most {MAX_TOKENS:,}"
         require(tokens <= MAX_TOKENS, "per_device_train_batch_size", self.per_device_train_batch_size, why)
+        why = "needs --save_steps N: the adapter is taken from a checkpoint"
+        require(self.save_steps or not self.load_best_model_at_end, "load_best_model_at_end", True, why)
         if self.streaming:
             why = "needs --max_steps: the length of a stream is not known before its end"
             require(self.num_train_epochs is None, "streaming", True, why)

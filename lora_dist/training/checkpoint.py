@@ -118,10 +118,32 @@ def restore(run: Run) -> None:
     Rank 0 reads it and sends it to the others. Raises UserError if it does not fit the run, and RuntimeError unless
     every rank ends up with exactly the adapter that was saved. Collective.
     """
+    state, optimizer, has_optimizer = _load(run, run.folder.resume_from)
+    if run.is_main:
+        _warn_of_other_numerics(state["numerics"], numerics(_attention(run)))
+    _restore_optimizer(run, optimizer, has_state=has_optimizer)
+    _check_adapter(run, run.folder.resume_from, state)
+    if state["loss_scaler"] and run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state["loss_scaler"])
+    run.progress = Progress(**state["progress"])
+    set_schedule(run, run.progress.step)
+
+
+def restore_adapter(run: Run, checkpoint: Path) -> None:
+    """Put only the adapter of a checkpoint into the model. Raises as `restore` does. Collective."""
+    state, _, _ = _load(run, checkpoint)
+    _check_adapter(run, checkpoint, state)
+
+
+def _load(run: Run, checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor], bool]:
+    """Load a checkpoint's adapter into the model. Collective.
+
+    Returns the training state, the optimizer's tensors ({} on ranks other than 0) and whether there are any.
+    """
     saved = _Saved({}, {}, {}, None)
     if run.is_main:
         try:
-            saved = _read_checkpoint(run)
+            saved = _read_checkpoint(run, checkpoint)
         except UserError as error:
             saved = _Saved({}, {}, {}, error)
     state, has_optimizer, error = from_rank_0((saved.state, bool(saved.optimizer), saved.error))
@@ -129,16 +151,14 @@ def restore(run: Run) -> None:
         raise error
     if run.is_main:
         set_peft_model_state_dict(run.model, saved.adapter)
-        _warn_of_other_numerics(state["numerics"], numerics(_attention(run)))
     for param in run.training.params:
         copy_from_rank_0(param.data)
-    _restore_optimizer(run, saved.optimizer, has_state=has_optimizer)
+    return state, saved.optimizer, has_optimizer
+
+
+def _check_adapter(run: Run, checkpoint: Path, state: dict) -> None:
     if check_identical(run.model) != state["adapter_sha256"]:
-        raise RuntimeError(f"{run.folder.resume_from}: the adapter that was loaded differs from the one that was saved")
-    if state["loss_scaler"] and run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(state["loss_scaler"])
-    run.progress = Progress(**state["progress"])
-    set_schedule(run, run.progress.step)
+        raise RuntimeError(f"{checkpoint}: the adapter that was loaded differs from the one that was saved")
 
 
 class _Saved(NamedTuple):
@@ -150,12 +170,11 @@ class _Saved(NamedTuple):
     error: UserError | None
 
 
-def _read_checkpoint(run: Run) -> _Saved:
-    """Read the checkpoint, and compare names, shapes and types of all tensors with those of the run. Rank 0 only.
+def _read_checkpoint(run: Run, folder: Path) -> _Saved:
+    """Read a checkpoint, and compare names, shapes and types of all tensors with those of the run. Rank 0 only.
 
     Raises UserError if they differ: a moment of another shape could be broadcast into place without an error.
     """
-    folder = run.folder.resume_from
     state = read_training_state(folder)
     with boundary(f"{folder}", "remove this checkpoint to continue from an earlier one"):
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ from lora_dist.parallel.ranks import any_rank, barrier, gather
 from lora_dist.run import watchdog
 from lora_dist.tracking.model_card import TrainingResult, write_model_card
 from lora_dist.tracking.report import write_report
-from lora_dist.training.checkpoint import Saver, restore
+from lora_dist.training.checkpoint import Saver, restore, restore_adapter
 from lora_dist.training.evaluation import complete_samples, evaluate
 from lora_dist.training.measures import peak_memory_bytes, rank_metrics, run_summary, step_metrics
 from lora_dist.training.run import Run
@@ -55,6 +55,8 @@ def train(run: Run) -> None:
         text = f"asked to stop: left after step {run.progress.step} of {run.training.num_steps}"
         run.metrics.alert("preempted", text)
     watchdog.stop_watching()
+    if run.is_complete and run.config.load_best_model_at_end:
+        load_best(run)
     score(run)
 
 
@@ -159,9 +161,23 @@ def evaluate_if_due(run: Run) -> bool:
         progress.eval_loss_base = progress.eval_loss
         return False
     is_best = progress.best_eval_loss is None or progress.eval_loss < progress.best_eval_loss
+    progress.evaluations_since_best += 1
     if is_best:
         progress.best_eval_loss, progress.best_step = progress.eval_loss, step
+        progress.evaluations_since_best = 0
     return is_best
+
+
+def load_best(run: Run) -> None:
+    """Put the adapter of the best checkpoint into the model, if that is not the last one. Collective.
+
+    The checkpoint is kept until the end (`RunFolder.prune_checkpoints`). Raises UserError if it is not there: its save
+    may have failed on a full disk.
+    """
+    progress = run.progress
+    if progress.best_step not in (None, progress.step):
+        restore_adapter(run, run.folder.checkpoint(progress.best_step))
+        progress.eval_loss = progress.best_eval_loss
 
 
 def save_if_due(run: Run, saver: Saver, *, is_best: bool, stopped: bool) -> None:

@@ -125,7 +125,7 @@ def run_summary(run: Run) -> dict:
         "memory_before_bytes_per_rank": [before for _, before in peaks],
         "load_s": run.base.load_s,
         "restarts": run.folder.restarts,
-        **run.progress.summary(run.training.num_steps),
+        **run.progress.summary(run.progress.step if run.is_complete else run.training.num_steps),
         "gathered_bytes_per_step": run.last_step.gathered_bytes if counted else None,
         **run.scores,
     }

@@ -64,9 +64,14 @@ def check_names(config: TrainConfig) -> None:
 def check_length(config: TrainConfig, data: PreparedData) -> None:
     """Raises UserError if a new run would be too short for its warm-up, and warns if it ends within it.
 
+    Raises UserError as well if the held-out loss should decide something, but no rows are held out.
+
     A run that is continued has the micro-batches per step of its first start, which was checked.
     """
     require(config.max_steps or config.num_train_epochs, "max_steps", None, "give this, or --num_train_epochs")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        value = getattr(config, name)
+        require(data.held_out or not value, name, value, "needs held-out rows, and there are none; see --eval_fraction")
     continued = config.output_dir and (Path(config.output_dir) / "state.json").exists()
     if continued or config.resume_from_checkpoint not in ("auto", "none") or isinstance(data.train, RowStream):
         return

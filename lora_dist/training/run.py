@@ -49,6 +49,7 @@ class Progress:
     eval_step: int | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    evaluations_since_best: int = 0
     recent_losses: list[float] = field(default_factory=list)
     loss_spikes: int = 0
     skipped_steps: int = 0
@@ -74,7 +75,7 @@ class Progress:
         return statistics.fmean(first), statistics.fmean(last), num_steps
 
     def summary(self, num_steps: int) -> dict:
-        """What `state.json` says about it. `num_steps`: of the whole run."""
+        """What `state.json` says about it. `num_steps`: of the whole run, or where it was stopped early."""
         return {
             "steps": self.step, "loss_first": self.loss_first, "loss_last": (self.recent_losses or [None])[-1],
             "eval_loss_base": self.eval_loss_base, "eval_loss": self.eval_loss if self.step == num_steps else None,
@@ -122,4 +123,10 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        return self.progress.step == self.training.num_steps
+        return self.progress.step == self.training.num_steps or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """True if the last evaluations brought no lower held-out loss, as many as --early_stopping_patience."""
+        patience = self.config.early_stopping_patience
+        return 0 < patience <= self.progress.evaluations_since_best
