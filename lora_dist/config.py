@@ -282,6 +282,11 @@ class LoraSettings:
         Bounds(0, 1_000_000, without="low"),
     )
 
+    adapter_name_or_path: str | None = setting(
+        None,
+        "Directory of a PEFT adapter to go on training from, made with the same LoRA settings. Default: a new one.",
+    )
+
     def check(self) -> None:
         require(self.lora_target_modules, "lora_target_modules", "", "is empty; give names, or all-linear")
 

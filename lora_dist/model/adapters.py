@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_dist.boundary import boundary, read_json
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatch, model_inputs
 from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
@@ -96,6 +97,47 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             options["determinism_check"] = "none"
         model.activation_checkpointing_enable(options)
     return peft_model
+
+
+SAME_IN_ADAPTER = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")  # besides the modules; LoraConfig's names
+
+
+def check_first_adapter(config: TrainConfig) -> None:
+    """Raises UserError unless `--adapter_name_or_path` is an adapter with the LoRA settings of this run."""
+    folder = config.adapter_name_or_path
+    if not folder:
+        return
+    what = f"--adapter_name_or_path {folder}"
+    saved = read_json(Path(folder) / "adapter_config.json", f"{what}: adapter_config.json")
+    settings = {"r": "lora_r", "bias": "lora_bias"}
+    for name in SAME_IN_ADAPTER:
+        setting = settings.get(name, name)
+        then, now = saved.get(name), getattr(config, setting)
+        require(then == now, setting, now, f"the adapter of {what} has {then}; give that")
+
+
+def load_first_adapter(model: PeftModel, config: TrainConfig) -> None:
+    """Put the weights of `--adapter_name_or_path` into the new adapters. Every rank reads them.
+
+    Raises UserError unless they have the names and shapes of the run's own.
+    """
+    folder = Path(config.adapter_name_or_path)
+    with boundary(f"--adapter_name_or_path {folder}", "give an adapter for this base, with the same target modules"):
+        saved = {name: tensor.float() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        compare_tensors("adapter", saved, get_peft_model_state_dict(model, save_embedding_layers=False))
+        if any(not tensor.isfinite().all() for tensor in saved.values()):
+            raise ValueError("it holds values that are not finite")
+    set_peft_model_state_dict(model, saved)
+
+
+def compare_tensors(what: str, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless both hold tensors of the same names, shapes and types."""
+    if others := sorted(saved.keys() ^ expected.keys()):
+        raise ValueError(f"the {what} lacks, or has besides the run's own, {' '.join(others[:3])}")
+    for name, tensor in expected.items():
+        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
+            then, now = (f"{t.dtype} {tuple(t.shape)}" for t in (saved[name], tensor))
+            raise ValueError(f"{name} of the {what} is {then}, and the run needs {now}")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

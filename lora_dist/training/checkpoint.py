@@ -26,7 +26,7 @@ from lora_dist.boundary import boundary
 from lora_dist.environment import numerics, versions
 from lora_dist.errors import RunFailed, UserError
 from lora_dist.files import sync_files, write_manifest, write_whole
-from lora_dist.model.adapters import check_identical, save_adapter, trainable_parameters
+from lora_dist.model.adapters import check_identical, compare_tensors, save_adapter, trainable_parameters
 from lora_dist.parallel.ranks import any_rank, copy_from_rank_0, from_rank_0
 from lora_dist.parallel.zero import load_zero2_state, zero2_state
 from lora_dist.run.folder import read_training_state
@@ -180,25 +180,15 @@ def _read_checkpoint(run: Run, folder: Path) -> _Saved:
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         optimizer = load_file(folder / "optimizer.safetensors")
         Progress(**state["progress"])
-        _compare("adapter", adapter, get_peft_model_state_dict(run.model, save_embedding_layers=False))
+        compare_tensors("adapter", adapter, get_peft_model_state_dict(run.model, save_embedding_layers=False))
         moments = {
             f"{key}.{name}": torch.empty((), dtype=torch.float32) if key == "step" else param
             for name, param in trainable_parameters(run.model).items()
             for key in OPTIMIZER_KEYS
         }
         if optimizer:
-            _compare("optimizer", optimizer, moments)
+            compare_tensors("optimizer", optimizer, moments)
     return _Saved(state, adapter, optimizer, None)
-
-
-def _compare(what: str, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless both hold tensors of the same names, shapes and types."""
-    if others := sorted(saved.keys() ^ expected.keys()):
-        raise ValueError(f"the {what} lacks, or has besides the run's own, {' '.join(others[:3])}")
-    for name, tensor in expected.items():
-        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
-            then, now = (f"{t.dtype} {tuple(t.shape)}" for t in (saved[name], tensor))
-            raise ValueError(f"{name} of the {what} is {then}, and the run needs {now}")
 
 
 def _restore_optimizer(run: Run, saved: dict[str, torch.Tensor], *, has_state: bool) -> None:

@@ -63,7 +63,8 @@ def train(run: Run) -> None:
 def start(run: Run) -> None:
     """Score the base, then continue from the run's checkpoint if it has one. Collective."""
     if run.score:  # before the adapter of a checkpoint is put in: these are the base's
-        run.scores |= {f"{name}_base": value for name, value in run.score(run).items()}
+        with as_base(run):
+            run.scores |= {f"{name}_base": value for name, value in run.score(run).items()}
     if run.folder.resume_from:
         restore(run)
     step, num_steps = run.progress.step, run.training.num_steps
@@ -74,6 +75,11 @@ def start(run: Run) -> None:
             run.folder.write_state("running", step)
     run.model.train()
     watchdog.report_progress(step, "evaluation")
+
+
+def as_base(run: Run) -> contextlib.AbstractContextManager:
+    """The model without its adapters. New adapters change nothing, so that only others have to be turned off."""
+    return run.model.disable_adapter() if run.config.adapter_name_or_path else contextlib.nullcontext()
 
 
 def take_step(run: Run) -> tuple[StepResult, float]:
@@ -141,7 +147,7 @@ def log_if_due(run: Run, result: StepResult, step_time_s: float) -> None:
 def evaluate_if_due(run: Run) -> bool:
     """Evaluate the adapter and complete the samples, if it is time for it and not done at this step. Collective.
 
-    Returns True if the adapter is the best so far. At step 0 the base is evaluated, because lora_B is zero.
+    Returns True if the adapter is the best so far. At step 0 the base is evaluated.
     """
     progress, every = run.progress, run.config.eval_steps
     step = progress.step
@@ -149,10 +155,11 @@ def evaluate_if_due(run: Run) -> bool:
     if not wanted or progress.eval_step == step:
         return False
     progress.eval_step, started = step, time.perf_counter()
-    run.metrics.log_samples(complete_samples(run), step)
-    if not run.held_out:
-        return False
-    progress.eval_loss, accuracy = evaluate(run)
+    with as_base(run) if step == 0 else contextlib.nullcontext():
+        run.metrics.log_samples(complete_samples(run), step)
+        if not run.held_out:
+            return False
+        progress.eval_loss, accuracy = evaluate(run)
     has_classes = run.training.micro_batches.task.has_classes
     perplexity = {} if has_classes else {"eval/perplexity": math.exp(progress.eval_loss)}
     values = {"eval/loss": progress.eval_loss, **perplexity, "eval/mean_token_accuracy": accuracy}

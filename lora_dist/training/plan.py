@@ -18,7 +18,7 @@ from lora_dist.data.rows import PreparedData, Rows, RowStream
 from lora_dist.data.tasks import TASKS, Task
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
-from lora_dist.model.adapters import check_targets, linear_names
+from lora_dist.model.adapters import check_first_adapter, check_targets, linear_names
 from lora_dist.model.load import load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
@@ -58,6 +58,7 @@ def check_names(config: TrainConfig) -> None:
     pushes = config.push_to_hub
     why = "no hub token here; log in with `hf auth login`, or set HF_TOKEN"
     require(not pushes or get_token(), "push_to_hub", True, why)
+    check_first_adapter(config)
     load_model_config(config.model_name_or_path)
 
 

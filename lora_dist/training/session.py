@@ -18,7 +18,13 @@ from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import PreparedData, prepare_rows
 from lora_dist.environment import PACKAGES, device_name, git_commit, has_gpu, versions
 from lora_dist.errors import NothingToDo, UserError
-from lora_dist.model.adapters import add_adapters, check_identical, is_trained_parameter, parameter_counts
+from lora_dist.model.adapters import (
+    add_adapters,
+    check_identical,
+    is_trained_parameter,
+    load_first_adapter,
+    parameter_counts,
+)
 from lora_dist.model.lazy_weights import open_checkpoint, weight_files
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
@@ -175,6 +181,8 @@ def load_training(
     if plan.task.has_classes:
         model.config.pad_token_id = tokenizer.pad_token_id  # a classifier looks for the last token before it
     model = add_adapters(model, config)
+    if config.adapter_name_or_path and not folder.resume_from:
+        load_first_adapter(model, config)
     check_identical(model)
     micro_batches = MicroBatches(
         data.train, pad_token_id=tokenizer.pad_token_id, seed=config.seed, num_epochs=config.num_train_epochs,

@@ -8,10 +8,10 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.files import MANIFEST, is_complete, write_manifest
+from lora_dist.model.adapters import compare_tensors
 from lora_dist.run.folder import RunFolder, read_training_state
 from lora_dist.run.ours import remove
 from lora_dist.run.resume import begin_or_resume
-from lora_dist.training.checkpoint import _compare
 
 FACTS = {"num_ranks": 1, "micro_batches_per_step": 8, "mixed_precision": "no", "rows": "abc"}
 
@@ -201,16 +201,16 @@ def test_a_tensor_of_another_name_shape_or_type_is_refused():
     import torch
 
     expected = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
-    _compare("optimizer", {name: tensor.clone() for name, tensor in expected.items()}, expected)
+    compare_tensors("optimizer", {name: tensor.clone() for name, tensor in expected.items()}, expected)
     for changed, says in [
         ({"a": torch.zeros(1, 3)}, r"a of the optimizer is torch.float32 \(1, 3\), and the run needs"),
         ({"a": torch.zeros(2, 3).half()}, "float16"),
         ({"c": torch.zeros(1)}, "lacks, or has besides the run's own, c"),
     ]:
         with pytest.raises(ValueError, match=says):
-            _compare("optimizer", expected | changed, expected)
+            compare_tensors("optimizer", expected | changed, expected)
     with pytest.raises(ValueError, match="lacks"):
-        _compare("optimizer", {"a": expected["a"]}, expected)
+        compare_tensors("optimizer", {"a": expected["a"]}, expected)
 
 
 def test_a_refused_start_leaves_no_folder(folder, tmp_path):
