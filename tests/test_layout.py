@@ -63,7 +63,7 @@ def test_modules_of_a_package_do_not_import_each_other_in_a_circle():
 def test_packages_are_small_and_empty_to_import():
     for package in PACKAGES:
         files = files_of(package)
-        assert len(files) <= 11 and (ROOT / f"lora_dist/{package}/__init__.py").read_text() == "", package
+        assert len(files) <= 13 and (ROOT / f"lora_dist/{package}/__init__.py").read_text() == "", package
 
 
 def test_what_answers_a_mistyped_flag_imports_no_torch():

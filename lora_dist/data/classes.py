@@ -42,7 +42,7 @@ class ClassEncoder(Encoder):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, examples: Examples):
-        self.tokenizer, self.config, self.format = tokenizer, config, "classes"
+        self.tokenizer, self.config, self.format, self.columns = tokenizer, config, "classes", examples.columns
         text, label = config.dataset_text_field or "text", config.dataset_label_field
         has = f"{config.dataset_name} has {', '.join(examples.columns)}"
         for setting, column in (("dataset_text_field", text), ("dataset_label_field", label)):

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
@@ -29,6 +29,11 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    left_out: dict[str, list] = field(default_factory=dict)  # parts of chats: what -> [number of examples, the first]
+
+    def note(self, what: str, where: str) -> None:
+        """Count an example of which something is not shown or not trained."""
+        self.left_out.setdefault(what, [0, where])[0] += 1
 
     def warnings(self, split: str, overlong_rows: str, max_length: int) -> list[str]:
         count_of = {
@@ -38,7 +43,9 @@ class Counts:
             "repeat an earlier one": self.repeated,
             "contain NUL characters, or U+FFFD, which replaces bytes that are not text": self.with_bad_characters,
         }
-        return [f"{count} of {self.examples} {split} examples {what}" for what, count in count_of.items() if count]
+        found = [f"{count} of {self.examples} {split} examples {what}" for what, count in count_of.items() if count]
+        noted = self.left_out.items()
+        return found + [f"{n} of {self.examples} {split} examples {what}; first: {first}" for what, (n, first) in noted]
 
 
 def encode(
@@ -67,7 +74,10 @@ def encode(
             filled = [document for document in documents if not document.is_empty]
             counts.empty += len(documents) - len(filled)
             counts.with_bad_characters += sum("\0" in doc.text or "\ufffd" in doc.text for doc in filled)
-            for row in encoder(filled):
+            rows = encoder(filled)
+            for what, where in dict.fromkeys(encoder.take_left_out()):
+                counts.note(what, where.removeprefix(f"--dataset_name {config.dataset_name}: "))
+            for row in rows:
                 yield from _cut_and_count(row, config, counts, row_hashes)
             bar.update(len(documents))
 

@@ -4,16 +4,17 @@ An example is one record of the data set. A label is the token's own id if the t
 is only read. A prompt is tokenized as it will be at inference, where it stands alone.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lora_dist.boundary import boundary, read_text
 from lora_dist.config import TrainConfig
+from lora_dist.data.chat_template import ChatTemplate, Encoded
+from lora_dist.data.chats import OTHER_COLUMNS, Chat, read_chat
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import model_path
 from lora_dist.errors import UserError, require
@@ -22,9 +23,6 @@ COLUMNS = {  # that a format needs
     "text": ("text",), "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
     "messages": ("messages",),
 }  # fmt: skip
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-Encoded = tuple[list[int], list[int]]  # token ids, labels
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -32,12 +30,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
 
     Raises UserError if tokenizer or file cannot be read, or if the tokenizer has no eos token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model_name_or_path {name}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+    with boundary(f"--model_name_or_path {name}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--model_name_or_path {name}: its tokenizer has no eos token; training needs one to end each text"
@@ -45,10 +39,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # any id will do: padding is masked in attention and loss
     if chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--chat_template {chat_template}: cannot be read: {error.strerror}") from None
+        tokenizer.chat_template = read_text(chat_template, f"--chat_template {chat_template}")
     return tokenizer
 
 
@@ -87,13 +78,12 @@ class Document:
 
     number: str  # where the example is from, for messages: "line 7", "example 7"
     parts: tuple[str, ...] = ()  # one text; or prompt and completion; TOKEN_CLS: words
-    chat: tuple[dict, ...] = ()  # messages with "role" and "content"
-    num_given: int = 0  # number of messages of the chat that are its prompt
+    chat: Chat | None = None
     labels: object = None  # of a classifier: the class or the classes, as the data set names them
 
     @property
     def text(self) -> str:
-        return "".join(self.parts) or "".join(message["content"] for message in self.chat)
+        return "".join(self.parts) or (self.chat.text if self.chat else "")
 
     @property
     def is_empty(self) -> bool:
@@ -107,9 +97,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, columns: list[str]):
         """`columns`: of the data set. Raises UserError if settings, columns and tokenizer do not fit together."""
-        self.tokenizer, self.config, template = tokenizer, config, tokenizer.chat_template
+        self.tokenizer, self.config, self.columns = tokenizer, config, columns
         self.format = choose_format(columns, config)
-        self.template_marks_assistant = bool(template and re.search(r"\{%-?\s*generation\b", str(template)))
         if self.format == "messages":
             self._require_template(self.format)
         has_targets = self.format in ("prompt_completion", "alpaca")
@@ -118,21 +107,29 @@ class Encoder:
         unused = config.chat_template and self.format == "text"
         require(not unused, "chat_template", config.chat_template, "has no effect on texts")
 
+    @property
+    def unread(self) -> list[str]:
+        """Columns of the data set that this format does not read."""
+        read = {
+            "text": [self.config.dataset_text_field or "text"], "alpaca": ["instruction", "input", "output"],
+            "messages": [_find_column("messages", self.columns), *OTHER_COLUMNS],
+            "prompt_completion": ["prompt", "completion"],
+            "classes": [self.config.dataset_text_field or "text", self.config.dataset_label_field],
+        }[self.format]  # fmt: skip
+        return [column for column in self.columns if column not in read]
+
     def read(self, example: dict, number: str) -> Document:
         """`number`: where the example is from. Raises UserError if a column does not hold what the format needs."""
         if self.format == "text":
             return Document(number, (self._text(example, self.config.dataset_text_field or "text", number),))
         if self.format == "messages":
-            column = _find_column("messages", list(example))
-            return Document(number, chat=self._messages(example[column], column, number))
+            return self._chat(example, (_find_column("messages", self.columns),), number)
         if self.format == "alpaca":
             return self._instruction(example, number)
         if isinstance(example["prompt"], str | None):
             return Document(number, (self._text(example, "prompt", number), self._text(example, "completion", number)))
         self._require_template("prompt_completion")
-        prompt = self._messages(example["prompt"], "prompt", number)
-        completion = self._messages(example["completion"], "completion", number)
-        return Document(number, chat=prompt + completion, num_given=len(prompt))
+        return self._chat(example, ("prompt", "completion"), number)
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
         """(token ids, labels) of each document, of any length. Raises UserError if a chat cannot be rendered."""
@@ -141,7 +138,7 @@ class Encoder:
         if all(document.parts for document in documents):
             pairs = [document.parts for document in documents]
             return self._targets(pairs) if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions(pairs)
-        return [self._chat(document) for document in documents]
+        return [self.template.encode(document.chat, self._where(document.number)) for document in documents]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, with one bos at most: the text may begin with the bos that the tokenizer adds."""
@@ -175,79 +172,14 @@ class Encoder:
         prompts, targets = (self._tokenize([pair[side] for pair in pairs]) for side in (0, 1))
         return [(ids, self._with_eos(target, target)[1]) for ids, target in zip(prompts, targets, strict=True)]
 
-    def _chat(self, document: Document) -> Encoded:
-        if self.config.train_on_inputs:
-            text = self._render(document.chat, document.number)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return self._with_eos_after_chat(ids, ids)
-        prompt = document.chat[: document.num_given]
-        # The template's marks would also train the assistant's messages in the prompt.
-        by_marks = self.template_marks_assistant and not any(message["role"] == "assistant" for message in prompt)
-        ids, trained = self._trained_by_marks(document) if by_marks else self._trained_by_spans(document)
-        if ids and all(trained):
-            raise self._malformed(document.number, "the chat template marks every token as the assistant's")
-        labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, trained, strict=True)]
-        return self._with_eos_after_chat(ids, labels)
-
-    def _trained_by_marks(self, document: Document) -> tuple[list[int], list[int]]:
-        """(token ids, 1 for each token that the template's {% generation %} blocks mark, else 0)."""
-        encoded = self.tokenizer.apply_chat_template(
-            list(document.chat), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return encoded["input_ids"], encoded["assistant_masks"]
-
-    def _trained_by_spans(self, document: Document) -> tuple[list[int], list[bool]]:
-        """(token ids, True for each token that lies in a message of the assistant)."""
-        text = self._render(document.chat, document.number)
-        spans = list(self._assistant_spans(document, text))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        return encoded["input_ids"], [any(a <= start < end <= b for a, b in spans) for start, end in offsets]
-
-    def _assistant_spans(self, document: Document, text: str) -> Iterator[tuple[int, int]]:
-        """Character spans of the assistant's messages in the rendered `text`: from its cue to the end of its turn.
-
-        For templates without {% generation %}. The spans follow from the renderings of the first 1, 2, ... messages, so
-        each of these must be the beginning of `text`. Raises UserError if one is not.
-        """
-        special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values())
-        for i, message in enumerate(document.chat):
-            # The first message of a chat is no answer, and those of the prompt are not trained.
-            if message["role"] != "assistant" or i < max(1, document.num_given):
-                continue
-            before = self._render(document.chat[:i], document.number, add_cue=True)
-            through = self._render(document.chat[: i + 1], document.number)
-            if not (through.startswith(before) and text.startswith(through)):
-                raise self._malformed(
-                    document.number,
-                    f"the chat template changes message {i + 1} when more messages follow, so the assistant's tokens "
-                    "cannot be found; give a --chat_template with {% generation %}, or --train_on_inputs true",
-                )
-            stripped = through.rstrip()
-            # Generation stops at the token that ends a turn, so a line feed after it is not trained.
-            yield len(before), len(stripped) if stripped.endswith(special) else len(through)
-
-    def _with_eos_after_chat(self, ids: list[int], labels: list[int]) -> Encoded:
-        """Add eos, unless the chat ends with a special token, as most templates end it; white space may follow it."""
-        last = next((token for token in reversed(ids) if not self.tokenizer.decode([token]).isspace()), None)
-        if last is None or last in self.tokenizer.added_tokens_decoder or labels[-1] == IGNORE_INDEX:
-            return ids, labels
-        return self._with_eos(ids, labels)
-
-    def _render(self, messages: Sequence[dict], number: str, *, add_cue: bool = False) -> str:
-        """The chat as text. `add_cue`: with the words that ask the assistant for its message."""
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_cue)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise self._malformed(number, f"the chat template refuses it: {error}") from None
-
     def _instruction(self, example: dict, number: str) -> Document:
         """An instruction becomes a chat if the tokenizer has a chat template, and text with headings if it has none."""
         instruction, output = (self._text(example, column, number) for column in ("instruction", "output"))
         context = self._text(example, "input", number) if "input" in example else ""
         if self.tokenizer.chat_template:
             question = {"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}
-            return Document(number, chat=(question, {"role": "assistant", "content": output}), num_given=1)
+            chat = Chat((question, {"role": "assistant", "content": output}), (False, True), num_given=1)
+            return Document(number, chat=chat)
         section = f"\n\n### Input:\n{context}" if context else ""
         return Document(number, (f"### Instruction:\n{instruction}{section}\n\n### Response:\n", output))
 
@@ -258,25 +190,33 @@ class Encoder:
             raise self._malformed(number, f"column {column} holds a {type(value).__name__}; it must hold text{remedy}")
         return value or ""
 
-    def _messages(self, value, column: str, number: str) -> tuple[dict, ...]:
-        messages = []
-        for position, message in enumerate(value if isinstance(value, list) else (), 1):
-            message = message if isinstance(message, dict) else {}
-            role = message.get("role") or message.get("from")
-            content = message.get("content") or message.get("value") or ""
-            if not isinstance(role, str) or not isinstance(content, str):
-                why = f"message {position} of {column} needs a role and content (or from and value)"
-                raise self._malformed(number, why)
-            messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
-        return tuple(messages)
-
     def _require_template(self, format: str) -> None:
         name, tokenizer = self.config.model_name_or_path, self.tokenizer
         require(tokenizer.chat_template, "dataset_format", format, f"{name} has no chat template; give --chat_template")
         require(tokenizer.is_fast, "dataset_format", format, f"{name} has no fast tokenizer, which chats need")
 
+    def _chat(self, example: dict, columns: tuple[str, ...], number: str) -> Document:
+        return Document(number, chat=read_chat(example, columns, self._where(number)))
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises UserError if the template does not end."""
+        file, config = self.config.chat_template, self.config
+        setting = f"--chat_template {file}" if file else f"the chat template of {config.model_name_or_path}"
+        return ChatTemplate(self.tokenizer, train_on_inputs=config.train_on_inputs, setting=setting)
+
+    def take_left_out(self) -> list[tuple[str, str]]:
+        """(what, where) for what chats held and their rows do not show or train, since the last call."""
+        if "template" not in vars(self):
+            return []
+        found, self.template.left_out = self.template.left_out, []
+        return found
+
+    def _where(self, number: str) -> str:
+        return f"--dataset_name {self.config.dataset_name}: {number}"
+
     def _malformed(self, number: str, what: str) -> UserError:
-        return UserError(f"--dataset_name {self.config.dataset_name}: {number}: {what}")
+        return UserError(f"{self._where(number)}: {what}")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError, require
 
 # Version of the cache's files. Raise it if the same data would give other rows, or if the files change.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
@@ -84,6 +84,7 @@ class PreparedData:
     config: TrainConfig
     num_held_out_in_train: int = 0  # held-out examples that are training examples too
     classes: list[str] | None = None  # names of a classifier's classes, by class number
+    unread: tuple[str, ...] = ()  # columns of the data set that its format does not read
 
     def warnings(self) -> list[str]:
         settings = self.config.overlong_rows, self.config.max_length
@@ -112,6 +113,7 @@ class PreparedData:
         """The counts of each split, with median and longest row in tokens, and the warnings. Several lines."""
         lines = [f"data: {self.config.dataset_name} ({self.format}), rows of up to {self.config.max_length} tokens"]
         names = ("examples", "rows", "tokens", "trained", "median", "longest")
+        lines += [f"columns that are not read: {', '.join(self.unread)}"] if self.unread else []
         lines.append(f"{'':10}" + "".join(f"{name:>12}" for name in names))
         for split, counts in self.counts.items():
             lengths = (self.train if split == "train" else self.held_out).lengths
@@ -137,7 +139,7 @@ def prepare_rows(
     examples = load_examples(config, transform)
     encoder = choose_encoder(tokenizer, config, examples)
     prepare = _prepare_stream if config.streaming else _prepare_cached
-    data = prepare(examples, encoder, config)
+    data = replace(prepare(examples, encoder, config), unread=tuple(getattr(encoder, "unread", ())))
     if config.strict and data.warnings():
         raise UserError(f"--strict True: the data causes warnings: {'; '.join(data.warnings())}")
     return data

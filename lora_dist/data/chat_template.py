@@ -1,0 +1,220 @@
+"""A tokenizer's chat template: chats as token ids, of which the assistant's are trained.
+
+A template is a program from outside. It runs in transformers' sandbox, which allows no access to files; here it also
+gets bounds in time and memory.
+"""
+
+import contextlib
+import multiprocessing
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_dist.boundary import one_line
+from lora_dist.data.chats import REASONING, Chat, spoken
+from lora_dist.data.tasks import IGNORE_INDEX
+from lora_dist.errors import UserError
+
+MAX_RENDER_S = 30  # of one chat
+MAX_RENDER_BYTES = 4 * 2**30  # of new memory; a rendering of 4 million tokens needs less than 1 % of it
+MAX_TRIAL_S = 10  # of one chat with two short messages
+Encoded = tuple[list[int], list[int]]  # token ids, labels
+
+
+class ChatTemplate:
+    """Renders chats and finds the assistant's tokens.
+
+    `left_out` collects (what, where) for whatever a chat holds and its row does not show or train. The caller empties
+    it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, train_on_inputs: bool, setting: str):
+        """`setting`: where the template is from, for messages, e.g. "--chat_template t.jinja". Raises UserError."""
+        self.tokenizer, self.train_on_inputs, self.setting = tokenizer, train_on_inputs, setting
+        self.source = str(tokenizer.chat_template)
+        self.marks_assistant = bool(re.search(r"\{%-?\s*generation\b", self.source))
+        self.left_out: list[tuple[str, str]] = []
+        check_that_it_ends(tokenizer, setting)
+
+    def encode(self, chat: Chat, where: str) -> Encoded:
+        """(token ids, labels) of a chat. Raises UserError, which names `where`, if its template cannot render it."""
+        chat = self._with_known_reasoning(chat)
+        text = self._render(chat, where)
+        self._note_what_is_missing(chat, text, where)
+        if self.train_on_inputs:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self._with_eos(ids, ids)
+        wanted = [flag and i >= max(1, chat.num_given) for i, flag in enumerate(chat.trained)]
+        ids, trained = self._trained_tokens(chat, wanted, text, where)
+        if ids and all(trained):
+            raise UserError(f"{where}: the chat template marks every token as the assistant's; see {self.setting}")
+        labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, trained, strict=True)]
+        if not any(trained):
+            roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
+            self.left_out.append((f"have no message of the assistant to train on (they have {roles})", where))
+        return self._with_eos(ids, labels)
+
+    def _trained_tokens(
+        self, chat: Chat, wanted: list[bool], text: str, where: str
+    ) -> tuple[list[int], Sequence[int | bool]]:
+        """(token ids, whether each is trained). The template's marks decide, if it has marks for the wanted messages.
+
+        The marks name no messages. If one of the assistant's messages is not trained, the marked runs are counted: if
+        there is one for each of the assistant's messages, they belong to these in order.
+        """
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if self.marks_assistant:
+            ids, marks = self._marked(chat, where)
+            if all(wanted[i] for i in answers):
+                return ids, marks
+            runs = [(mark, len(list(run))) for mark, run in groupby(marks)]
+            if sum(mark for mark, _ in runs) == len(answers):
+                which, trained = iter(answers), []
+                for mark, length in runs:
+                    trained += [bool(mark) and wanted[next(which)]] * length
+                return ids, trained
+        spans = list(self._spans(chat, wanted, text, where))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        return encoded["input_ids"], [any(a <= start < end <= b for a, b in spans) for start, end in offsets]
+
+    def _marked(self, chat: Chat, where: str) -> tuple[list[int], list[int]]:
+        """(token ids, 1 for each token that the template's {% generation %} blocks mark, else 0)."""
+        with self._bounded(where):
+            encoded = self.tokenizer.apply_chat_template(
+                list(chat.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **chat.options
+            )
+        return encoded["input_ids"], encoded["assistant_masks"]
+
+    def _spans(self, chat: Chat, wanted: list[bool], text: str, where: str) -> Iterator[tuple[int, int]]:
+        """Character spans of the wanted messages in the rendered `text`: from the assistant's cue to the end of a turn.
+
+        For templates without {% generation %}. The spans follow from the renderings of the first 1, 2, ... messages, so
+        each of these must be the beginning of `text`. Raises UserError if one is not.
+        """
+        special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values())
+        for i in [i for i, flag in enumerate(wanted) if flag]:
+            before = self._render(chat, where, first=i, add_cue=True)
+            through = self._render(chat, where, first=i + 1)
+            if not (through.startswith(before) and text.startswith(through)):
+                raise UserError(
+                    f"{where}: the chat template changes message {i + 1} when more messages follow, so the assistant's "
+                    "tokens cannot be found; give a --chat_template with {% generation %}, or --train_on_inputs true"
+                )
+            stripped = through.rstrip()
+            # Generation stops at the token that ends a turn, so a line feed after it is not trained.
+            yield len(before), len(stripped) if stripped.endswith(special) else len(through)
+
+    def _render(self, chat: Chat, where: str, *, first: int | None = None, add_cue: bool = False) -> str:
+        """The first messages as text, all by default. `add_cue`: with the words that ask the assistant for more."""
+        with self._bounded(where):
+            return self.tokenizer.apply_chat_template(
+                list(chat.messages[:first]), tokenize=False, add_generation_prompt=add_cue, **chat.options
+            )
+
+    @contextlib.contextmanager
+    def _bounded(self, where: str) -> Iterator[None]:
+        """Turn whatever the template raises into one line, and end it if it takes too long or too much memory."""
+        try:
+            with bounds(MAX_RENDER_S, MAX_RENDER_BYTES):
+                yield
+        except Exception as error:
+            raise UserError(f"{where}: the chat template refuses it: {one_line(error)}; see {self.setting}") from None
+
+    def _with_known_reasoning(self, chat: Chat) -> Chat:
+        """Give reasoning the name that the template reads, if the data has another of the usual names."""
+        known = [name for name in REASONING if re.search(rf"\b{name}\b", self.source)]
+        if not known or not any(name in message for message in chat.messages for name in REASONING):
+            return chat
+        messages = []
+        for message in chat.messages:
+            given = [name for name in REASONING if name in message]
+            renamed = {known[0] if key in given and key not in known else key: v for key, v in message.items()}
+            messages.append(renamed if len(given) == 1 else message)
+        return Chat(tuple(messages), chat.trained, chat.num_given, chat.options)
+
+    def _note_what_is_missing(self, chat: Chat, text: str, where: str) -> None:
+        """Note the parts of a chat that the template left out, and answers that are not trained as they seem to be."""
+        if chat.num_given == 0 and chat.trained and chat.trained[0]:
+            self.left_out.append(("begin with a message of the assistant, which is not trained", where))
+        for message in chat.messages:
+            names = [name for name in REASONING if isinstance(message.get(name), str)]
+            what = [f"the content of the role {message['role']}", *names]
+            what += ["tool_calls"] * len(message.get("tool_calls", ()))
+            for name, part in zip(what, spoken(message), strict=True):
+                if not _is_rendered(part, text):
+                    self.left_out.append((f"have a part that the chat template leaves out: {name}", where))
+            if message["role"] == "assistant" and not "".join(spoken(message)).strip():
+                self.left_out.append(("have an empty message of the assistant, which trains only its end", where))
+        for tool in chat.options.get("tools", ()):
+            function = tool.get("function", tool)
+            if isinstance(function, dict) and not _is_rendered(str(function.get("name", "")), text):
+                self.left_out.append(("have a part that the chat template leaves out: tools", where))
+
+    def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
+        """Add eos, unless the chat ends with a special token, as most templates end it; white space may follow it."""
+        last = next((token for token in reversed(ids) if not self.tokenizer.decode([token]).isspace()), None)
+        if last is None or last in self.tokenizer.added_tokens_decoder or labels[-1] == IGNORE_INDEX:
+            return ids, labels
+        eos = self.tokenizer.eos_token_id
+        return [*ids, eos], [*labels, eos]
+
+
+def _is_rendered(part: str, text: str) -> bool:
+    """True if the text shows the part: as it is, or written as JSON or HTML writes it."""
+    part = part.strip()
+    return part in text or all(word in text for word in re.findall(r"\w{4,}", part)[:20])
+
+
+@contextlib.contextmanager
+def bounds(seconds: float, num_bytes: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after so much time, and MemoryError for so much more memory.
+
+    Python code between two bytecodes is interrupted, a single long call is not (`check_that_it_ends` is for that). Only
+    the main thread has signals; a stream's thread runs without these bounds, after the first rows were read with them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def out_of_time(*_):
+        raise TimeoutError(f"it took more than {seconds} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + num_bytes
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_that_it_ends(tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
+    """Raises UserError if the template does not end on a small chat. A process of its own tries it and can be killed.
+
+    Errors of the template count as an end: a real chat may have what this one lacks.
+    """
+    trial = multiprocessing.get_context("fork").Process(target=_try, args=(tokenizer,), daemon=True)
+    trial.start()
+    trial.join(MAX_TRIAL_S)
+    if trial.is_alive():
+        trial.kill()
+        trial.join()
+        raise UserError(f"{setting}: it did not end in {MAX_TRIAL_S} s for a chat of two words; mend its loops")
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    with contextlib.suppress(Exception), bounds(2 * MAX_TRIAL_S, MAX_RENDER_BYTES):
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tokenizer.apply_chat_template(chat, tokenize=False)
