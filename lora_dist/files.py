@@ -4,11 +4,13 @@ They are written under a temporary name and renamed at the end. A manifest, writ
 """
 
 import contextlib
+import fcntl
 import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_dist.boundary import boundary, read_json
@@ -47,6 +49,25 @@ def remove_ours(folder: Path, patterns: Iterable[str]) -> list[Path]:
         if not os.listdir(parent):
             os.rmdir(parent)
     return left
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Keep other processes out of the block; if one is in it, say `waiting` on stderr, and wait for it.
+
+    It is the kernel's lock on the file `path`, which is created: it ends with its process. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{waiting}: {path}", file=sys.stderr, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_files(paths: Iterable[Path]) -> None:

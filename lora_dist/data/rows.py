@@ -6,10 +6,7 @@ because of one.
 
 import hashlib
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -20,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig
@@ -30,9 +26,12 @@ from lora_dist.data.formats import Encoded, Encoder
 from lora_dist.data.sources import Examples, load_examples, unwritable_cache
 from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError, require
+from lora_dist.files import MANIFEST, is_complete, locked, remove_ours, write_manifest
 
 # Version of the cache's files. Raise it if the same data would give other rows, or if the files change.
 CACHE_VERSION = 4
+ROW_FILES = ("train.arrow", "held-out.arrow", "report.json", f"{MANIFEST}*")
+CHECKSUMS = slice(0)  # of no file: reading all rows at each start would take too long; sizes are compared
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
@@ -169,26 +168,28 @@ def _tokenize_once(examples: Examples, encoder: Encoder, config: TrainConfig) ->
     root = Path(datasets.config.HF_DATASETS_CACHE) / "lora-dist-rows"
     folder = root / _cache_key(examples, encoder, config)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            if not folder.exists():
-                partial = folder.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed
-                partial.mkdir()
-                _tokenize(examples, encoder, config, partial)
-                partial.rename(folder)
+        if not is_complete(folder, CHECKSUMS):
+            with locked(folder.with_suffix(".lock"), "waiting for the process that tokenizes this data"):
+                if not is_complete(folder, CHECKSUMS):
+                    _write_rows(examples, encoder, config, folder)
     except OSError as error:
         raise unwritable_cache(config.dataset_name, error) from None
     return folder
 
 
-def _locked(path: Path) -> AbstractContextManager:
-    lock = FileLock(path)
+def _write_rows(examples: Examples, encoder: Encoder, config: TrainConfig, folder: Path) -> None:
+    """Tokenize into the folder, whole or not at all."""
+    partial = folder.with_suffix(".partial")
     try:
-        return lock.acquire(timeout=10)
-    except Timeout:
-        print(f"waiting for the process that tokenizes this data: {path}", file=sys.stderr, flush=True)
-        return lock.acquire()
+        for path in (partial, folder):  # of a process that was killed, and what is damaged
+            remove_ours(path, ROW_FILES)
+        partial.mkdir()
+        _tokenize(examples, encoder, config, partial)
+        write_manifest(partial)
+        partial.rename(folder)
+    except BaseException:
+        remove_ours(partial, ROW_FILES)
+        raise
 
 
 def _cache_key(examples: Examples, encoder: Encoder, config: TrainConfig) -> str:

@@ -265,8 +265,10 @@ class OwnRows:
 
 def write_safetensors(
     folder: Path, tensors: dict[str, OwnRows], *, max_file_bytes: int, is_main: bool, barrier: Callable[[], None]
-) -> None:
+) -> OSError | None:
     """Write safetensors files, each rank its own rows, and an index file if there are several. Collective.
+
+    Returns this rank's first error, after which it writes nothing more. It still meets the others at each barrier.
 
     The files are the same at any number of ranks, and on the disk (fsync) when it returns. Every rank must pass the
     same names in the same order. `is_main` is True on one rank; `barrier()` waits for all ranks.
@@ -279,16 +281,24 @@ def write_safetensors(
     names = ["model.safetensors"]
     if len(groups) > 1:
         names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    error = None
     for file_name, group in zip(names, groups, strict=True):
-        _write_rows(folder / file_name, group, barrier)
-    if len(groups) > 1 and is_main:
+        error = _write_rows(folder / file_name, group, barrier, error)
+    if len(groups) > 1 and is_main and not error:
         file_of = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
         index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": file_of}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        try:
+            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        except OSError as raised:
+            error = raised
     barrier()
+    return error
 
 
-def _write_rows(file: Path, tensors: dict[str, OwnRows], barrier: Callable[[], None]) -> None:
+def _write_rows(
+    file: Path, tensors: dict[str, OwnRows], barrier: Callable[[], None], error: OSError | None
+) -> OSError | None:
+    """Write this rank's rows of one file, unless there was an error. Returns the error, or the one that came."""
     dtype_names = {dtype: name for name, dtype in str_to_torch_dtype.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -296,15 +306,31 @@ def _write_rows(file: Path, tensors: dict[str, OwnRows], barrier: Callable[[], N
         header[name] = {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    os.ftruncate(descriptor, 8 + len(text) + end)  # all ranks set the same size, so their order does not matter
+    descriptor = None
+    try:
+        if not error:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(descriptor, 8 + len(text) + end)  # all ranks set the same size: their order does not matter
+    except OSError as raised:
+        error = raised
     barrier()
-    os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
-    for name, tensor in tensors.items():
-        raw = memoryview(tensor.own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        offset = 8 + len(text) + header[name]["data_offsets"][0] + tensor.start * tensor.dtype.itemsize
-        while raw:  # one call writes 2 GiB at most
-            count = os.pwrite(descriptor, raw, offset)
-            raw, offset = raw[count:], offset + count
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        if not error:
+            os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+            for name, tensor in tensors.items():
+                start = header[name]["data_offsets"][0] + tensor.start * tensor.dtype.itemsize
+                _write_at(descriptor, tensor.own, 8 + len(text) + start)
+            os.fsync(descriptor)
+    except OSError as raised:
+        error = raised
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return error
+
+
+def _write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
+    raw = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    while raw:  # one call writes 2 GiB at most
+        count = os.pwrite(descriptor, raw, offset)
+        raw, offset = raw[count:], offset + count

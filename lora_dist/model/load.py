@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lora_dist.boundary import read_json
 from lora_dist.data.tasks import CAUSAL_LM, Task
 from lora_dist.embedded import model_path
 from lora_dist.environment import cpu_has_bf16, has_gpu
@@ -89,6 +90,17 @@ def load_with(name: str, options: BaseOptions) -> PreTrainedModel:
     return model
 
 
+def original_name(name: str) -> str:
+    """The directory or hub name that an adapter records as its base.
+
+    A folder that `lora-dist quantize` wrote says what it was made from: servers need the original, and it outlives a
+    folder on a scratch disk.
+    """
+    path = Path(model_path(name)) / "fingerprint.json"
+    base = read_json(path, f"--model_name_or_path {name}: {path.name}").get("base") if path.is_file() else None
+    return base if isinstance(base, str) else model_path(name)
+
+
 def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     """Read and quantize this rank's rows. With ZeRO-3 the model cannot compute before `hand_to_deepspeed`. Collective.
 
@@ -102,7 +114,7 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     vars(model)["new_parameters"] = _check_missing(name, missing, options)
     if options.placement.offload:
         _put_unsharded_on_device(model, options.device)
-    model.config.name_or_path = model.name_or_path = model_path(name)
+    model.config.name_or_path = model.name_or_path = original_name(name)
     del model.config.quantization_config
     if model.config.is_encoder_decoder:
         for layer in decoder_layers(model):

@@ -23,6 +23,7 @@ from lora_dist.model.load import load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.quantization import quantized_weights
+from lora_dist.model.quantized_cache import check_space
 from lora_dist.parallel.strategies import Launch, Placement, world_size
 from lora_dist.tracking.flops import BaseWork, base_work
 
@@ -123,6 +124,16 @@ class BasePlan:
     work: BaseWork | None
 
 
+def _warn_of_stored_dtype(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Say so if a base that was quantized before holds the rest of its weights in another type than is computed in."""
+    stored = load_model_config(config.model_name_or_path)
+    if getattr(stored, "quantization_config", None) and stored.dtype not in (None, dtype):
+        what = f"{config.model_name_or_path} was quantized with the rest of its weights in {stored.dtype}"
+        then = f"this run computes in {dtype}, which does not bring back what was rounded off"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {what}; {then}", file=sys.stderr)
+
+
 def plan_base(
     config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, classes: list[str] | None = None
 ) -> BasePlan:
@@ -134,6 +145,9 @@ def plan_base(
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
     check_targets(skeleton, config)
     check_rank(skeleton, config)
+    if config.quantized_cache:
+        check_space(skeleton, config.quantized_cache, "--quantized_cache")
+    _warn_of_stored_dtype(config, dtype)
     num_embeddings = skeleton.get_input_embeddings().num_embeddings
     why = f"its tokenizer has {len(tokenizer)} tokens, and the model embeds {num_embeddings}"
     require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)

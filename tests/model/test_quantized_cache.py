@@ -17,7 +17,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.quantization import FORMATS
-from lora_dist.model.quantized_cache import cache_problem, fingerprint_of, load_cached_base
+from lora_dist.model.quantized_cache import Cache, fingerprint_of, load_cached_base
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import CPU, bitsandbytes_config, load_sharded, loss_and_gradients, randomize
@@ -142,12 +142,12 @@ SPOILERS = {
     "no manifest": (lambda cache, path: (cache / "manifest.json").unlink(), "incomplete"),
     "cut short": (lambda cache, path: os.truncate(cache / "model.safetensors", 5000), "incomplete"),
     "a flipped bit": (_flip_a_byte, "damaged"),
-    "another source": (_touch_source, "made from other files"),
+    "another source": (_touch_source, "made with another files"),
 }
 
 
 def _why_on_rank(rank, cache, fingerprint):
-    return cache_problem(cache, fingerprint)
+    return Cache(cache, "--quantized_cache", fingerprint).problem()
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
@@ -183,4 +183,6 @@ def test_a_cache_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path):
     (tmp_path / "file").write_text("")
     errors = run_ranks(_cannot_write_on_rank, 2, BASE_DIR, tmp_path / "file" / "cache")
     assert len(errors) == 2
-    assert all(re.search("--quantized_cache .*: cannot be written: Not a directory", line) for line in errors), errors
+    assert all(
+        re.search("--quantized_cache .*: cannot be written: (Not a directory|File exists)", line) for line in errors
+    ), errors
