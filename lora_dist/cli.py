@@ -166,7 +166,7 @@ def _add_doctor(commands) -> None:
         "--max_length 2048; torchrun --nproc_per_node 2 -m lora_dist.cli doctor --distributed",
     )  # fmt: skip
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="NAME", help="a data set, as --dataset_name of a recipe takes it")
+    what.add_argument("--data", metavar="NAME", nargs="+", help="a data set, as --dataset_name of a recipe takes it")
     what.add_argument("--distributed", action="store_true", help="check the ranks of this job")
     command.add_argument(
         "--run_folder", default="runs", metavar="DIR", help="with --distributed: a folder that all ranks must see"

@@ -75,7 +75,7 @@ def doctor(args) -> None:
     from lora_dist.embedded import EMBEDDED
     from lora_dist.flags import parse_config
 
-    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", args.data, *args.unknown])
+    config = parse_config(TrainConfig(model_name_or_path=EMBEDDED), ["--dataset_name", *args.data, *args.unknown])
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     data = prepare_rows(config, tokenizer)
     examples = [mark_trained(tokenizer, row["input_ids"], row["labels"]) for row in data.first_rows(2)]

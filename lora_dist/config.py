@@ -107,14 +107,15 @@ class DataSettings:
 
     dataset_name: str | None = setting(
         None,
-        "Data set: a hub name; a .json, .jsonl, .csv, .parquet or .txt file; a directory of such files or one that "
-        "save_to_disk wrote; embedded or embedded/complaints. Default: the recipe's choice with or without a GPU.",
+        "Data set: a hub name; one or several .json, .jsonl, .csv, .tsv, .txt, .parquet or .arrow files, or a pattern "
+        "for them in quotes; a directory of such files or one that save_to_disk wrote; embedded or "
+        "embedded/complaints. Default: the recipe's choice with or without a GPU.",
         resume="ask",
     )
     dataset_config: str | None = setting(None, "Configuration of a hub data set that has several.", resume="ask")
     dataset_train_split: str = setting("train", "Split to train on.", resume="ask")
     dataset_test_split: str | None = setting(
-        None, "Split to evaluate on, or none. Default: test, if the data set has one.", resume="ask"
+        None, "Split to evaluate on; none: use --eval_fraction. Default: test, if the data set has one.", resume="ask"
     )
     eval_fraction: float = setting(
         0.05,

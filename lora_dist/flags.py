@@ -3,7 +3,9 @@
 import ast
 import copy
 import dataclasses
+import itertools
 import re
+import shlex
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +165,7 @@ def parse_config(
 
     `description` and `prog`, the command that --help shows, are for --help, which prints the settings and exits.
     """
-    parser = _parser(defaults, description, prog)
+    parser, argv = _parser(defaults, description, prog), _with_one_name(argv)
     file = parser.parse_known_args(argv)[0].config
     settings = _read_file(parser, file) if file is not None else {}
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
@@ -179,6 +181,17 @@ def parse_config(
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag; {hint(unknown[0].lstrip('-').partition('=')[0])}")
     return config
+
+
+def _with_one_name(argv: list[str]) -> list[str]:
+    """The words after --dataset_name, for example the files that a shell makes of a pattern, as one quoted value."""
+    starts = [i for i, word in enumerate(argv) if word in ("--dataset_name", "--dataset-name")]
+    for start in reversed(starts):
+        rest = argv[start + 1 :]
+        names = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if len(names) > 1:
+            argv = [*argv[: start + 1], shlex.join(names), *rest[len(names) :]]
+    return argv
 
 
 def parse_recipe_config(

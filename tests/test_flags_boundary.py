@@ -9,7 +9,7 @@ import pytest
 from lora_dist.config import TrainConfig
 from lora_dist.errors import RunFailed, UserError
 from lora_dist.flags import as_flags, other_batch, parse_config
-from lora_dist.run.folder import write_config
+from lora_dist.run.folder import config_text
 
 
 def read(folder, content: bytes | str) -> TrainConfig:
@@ -76,7 +76,7 @@ def test_a_file_that_is_none_is_refused_without_waiting(tmp_path, monkeypatch, n
 @pytest.mark.parametrize("prompt", ["--help", "--lora_r=4", "-1", "", "no", "a: b", "# c", "two\nlines", " x ", "ü"])
 def test_what_a_run_wrote_reads_back(tmp_path, prompt):
     config = TrainConfig(sample_prompt=prompt, dataset_text_field=None, max_steps=7)
-    write_config(tmp_path / "config.yaml", config)
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     defaults = dataclasses.replace(config, dataset_text_field="quote", sample_prompt="other")
     assert parse_config(defaults, ["--config", str(tmp_path / "config.yaml")]) == config
     assert parse_config(config, as_flags({"sample_prompt": prompt})) == config
@@ -91,7 +91,7 @@ def test_an_error_is_one_line_of_bounded_length_and_keeps_its_end():
 def test_a_config_of_a_run_with_other_steps_is_warned_of(tmp_path):
     config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4, output_dir="elsewhere")
     file = tmp_path / "config.yaml"
-    write_config(file, config)
+    file.write_text(config_text(config), encoding="utf-8")
     argv = ["--config", str(file)]
     assert other_batch(argv, config, 1) is None  # no run
     facts = {"num_ranks": 2, "micro_batches_per_step": 8, "strategy": "fsdp"}

@@ -14,7 +14,7 @@ from lora_dist.boundary import read_json, read_yaml_settings
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.flags import as_flags, parse_config
-from lora_dist.run.folder import write_config
+from lora_dist.run.folder import config_text
 from tests.helpers.properties import answered, counts, holds, json_values, mutations, words
 
 FIELDS = dataclasses.fields(TrainConfig)
@@ -100,7 +100,7 @@ def test_what_a_run_wrote_reads_back_exactly(count, tmp_path):
             config = TrainConfig(**settings)
         except UserError:
             assume(False)
-        write_config(file, config)
+        file.write_text(config_text(config), encoding="utf-8")
         assert parse_config(TrainConfig(), ["--config", str(file)]) == config
         assert parse_config(TrainConfig(), as_flags(dataclasses.asdict(config))) == config
         assert read_yaml_settings(Path(file), "config.yaml") == dataclasses.asdict(config)
