@@ -10,7 +10,8 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -25,6 +26,7 @@ MAX_RENDER_S = 30  # of one chat
 MAX_RENDER_BYTES = 4 * 2**30  # of new memory; a rendering of 4 million tokens needs less than 1 % of it
 MAX_TRIAL_S = 10  # of one chat with two short messages
 Encoded = tuple[list[int], list[int]]  # token ids, labels
+Tokenized = tuple[list[int], list[tuple[int, int]]]  # token ids, first character and end of each in the text
 
 
 class ChatTemplate:
@@ -42,16 +44,31 @@ class ChatTemplate:
         self.left_out: list[tuple[str, str]] = []
         check_that_it_ends(tokenizer, setting)
 
-    def encode(self, chat: Chat, where: str) -> Encoded:
-        """(token ids, labels) of a chat. Raises UserError, which names `where`, if its template cannot render it."""
-        chat = self._with_known_reasoning(chat)
-        text = self._render(chat, where)
-        self._note_what_is_missing(chat, text, where)
+    def encode(self, chats: list[Chat], places: list[str]) -> list[Encoded]:
+        """(token ids, labels) of each chat. `places`: where each is from; the error for one that cannot be rendered
+        begins with it. Raises UserError.
+        """
+        chats = [self._with_known_reasoning(chat) for chat in chats]
+        texts = [self._render(chat, where) for chat, where in zip(chats, places, strict=True)]
+        for chat, text, where in zip(chats, texts, places, strict=True):
+            self._note_what_is_missing(chat, text, where)
+        # The marks come with token ids of their own.
+        tokenized = [None] * len(texts) if self.marks_assistant and not self.train_on_inputs else self._tokenize(texts)
+        return [self._label(*row) for row in zip(chats, places, texts, tokenized, strict=True)]
+
+    def _tokenize(self, texts: list[str]) -> list[Tokenized]:
+        """(token ids, their character spans) of each text. One call, because the tokenizer works on many at once."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _label(self, chat: Chat, where: str, text: str, tokenized: Tokenized | None) -> Encoded:
         if self.train_on_inputs:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return self._with_eos(ids, ids)
+            return self._with_eos(tokenized[0], tokenized[0])
         wanted = [flag and i >= max(1, chat.num_given) for i, flag in enumerate(chat.trained)]
-        ids, trained = self._trained_tokens(chat, wanted, text, where)
+        found = None if tokenized else self._trained_by_marks(chat, wanted, where)
+        ids, trained = found or self._trained_by_spans(chat, wanted, where, text, tokenized)
         if ids and all(trained):
             raise UserError(f"{where}: the chat template marks every token as the assistant's; see {self.setting}")
         labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, trained, strict=True)]
@@ -60,29 +77,32 @@ class ChatTemplate:
             self.left_out.append((f"have no message of the assistant to train on (they have {roles})", where))
         return self._with_eos(ids, labels)
 
-    def _trained_tokens(
-        self, chat: Chat, wanted: list[bool], text: str, where: str
-    ) -> tuple[list[int], Sequence[int | bool]]:
-        """(token ids, whether each is trained). The template's marks decide, if it has marks for the wanted messages.
+    def _trained_by_marks(self, chat: Chat, wanted: list[bool], where: str) -> tuple[list[int], list[bool]] | None:
+        """(token ids, whether each is trained), told by the template's marks; None if these do not tell.
 
-        The marks name no messages. If one of the assistant's messages is not trained, the marked runs are counted: if
-        there is one for each of the assistant's messages, they belong to these in order.
+        Marks name no messages. If one of the assistant's messages is not trained, the marked runs are counted: if there
+        is one for each of the assistant's messages, they belong to these in order.
         """
         answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if self.marks_assistant:
-            ids, marks = self._marked(chat, where)
-            if all(wanted[i] for i in answers):
-                return ids, marks
-            runs = [(mark, len(list(run))) for mark, run in groupby(marks)]
-            if sum(mark for mark, _ in runs) == len(answers):
-                which, trained = iter(answers), []
-                for mark, length in runs:
-                    trained += [bool(mark) and wanted[next(which)]] * length
-                return ids, trained
-        spans = list(self._spans(chat, wanted, text, where))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        return encoded["input_ids"], [any(a <= start < end <= b for a, b in spans) for start, end in offsets]
+        ids, marks = self._marked(chat, where)
+        if all(wanted[i] for i in answers):
+            return ids, marks
+        runs = [(mark, len(list(run))) for mark, run in groupby(marks)]
+        if sum(mark for mark, _ in runs) != len(answers):
+            return None
+        which, trained = iter(answers), []
+        for mark, length in runs:
+            trained += [bool(mark) and wanted[next(which)]] * length
+        return ids, trained
+
+    def _trained_by_spans(
+        self, chat: Chat, wanted: list[bool], where: str, text: str, tokenized: Tokenized | None
+    ) -> tuple[list[int], list[bool]]:
+        """(token ids, True for each token that lies in a wanted message)."""
+        ids, offsets = tokenized or self._tokenize([text])[0]
+        spans = list(self._spans(chat, wanted, text, where))  # in order, and none overlaps the next
+        begins, ends = ([-1, *(span[side] for span in spans)] for side in (0, 1))
+        return ids, [start < end <= ends[bisect_right(begins, start) - 1] for start, end in offsets]
 
     def _marked(self, chat: Chat, where: str) -> tuple[list[int], list[int]]:
         """(token ids, 1 for each token that the template's {% generation %} blocks mark, else 0)."""

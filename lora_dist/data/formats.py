@@ -138,12 +138,15 @@ class Encoder:
         if all(document.parts for document in documents):
             pairs = [document.parts for document in documents]
             return self._targets(pairs) if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions(pairs)
-        return [self.template.encode(document.chat, self._where(document.number)) for document in documents]
+        places = [self._where(document.number) for document in documents]
+        return self.template.encode([document.chat for document in documents], places)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, with one bos at most: the text may begin with the bos that the tokenizer adds."""
-        encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        twice = [self.tokenizer.bos_token_id] * 2
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
+        twice = [self.tokenizer.bos_token_id] * 2 if add_special_tokens else None
         return [ids[1:] if ids[:2] == twice else ids for ids in encoded]
 
     def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
@@ -157,12 +160,15 @@ class Encoder:
         """Prompt and completion as one sequence, of which the completion is trained."""
         prompts = self._tokenize([prompt for prompt, _ in pairs])
         joined = self._tokenize([prompt + completion for prompt, completion in pairs])
+        eos = self.tokenizer.eos_token_id
+        prompts = [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in prompts]
+        # If a token would reach from the prompt into the completion, the completion is tokenized by itself.
+        apart = [i for i, prompt in enumerate(prompts) if joined[i][: len(prompt)] != prompt]
+        completions = self._tokenize([pairs[i][1] for i in apart], add_special_tokens=False)
+        for i, completion in zip(apart, completions, strict=True):
+            joined[i] = prompts[i] + completion
         encoded = []
-        for (_, completion), prompt, ids in zip(pairs, prompts, joined, strict=True):
-            if len(prompt) > 1 and prompt[-1] == self.tokenizer.eos_token_id:
-                prompt = prompt[:-1]
-            if ids[: len(prompt)] != prompt:  # a token would reach from the prompt into the completion
-                ids = prompt + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        for prompt, ids in zip(prompts, joined, strict=True):
             num_untrained = 0 if self.config.train_on_inputs else len(prompt)
             encoded.append(self._with_eos(ids, [IGNORE_INDEX] * num_untrained + ids[num_untrained:]))
         return encoded

@@ -201,3 +201,26 @@ def test_the_columns_decide_the_format(config, columns, settings, expected):
 def test_a_chat_template_without_effect_is_refused(config):
     with pytest.raises(UserError, match="--chat_template t.jinja: has no effect on texts"):
         Encoder(load_tokenizer("embedded"), dataclasses.replace(config, chat_template="t.jinja"), ["quote"])
+
+
+def test_chats_and_pairs_are_tokenized_together(config, monkeypatch):
+    """The tokenizer is called as often for 40 examples as for 2; each text is handed to it once."""
+    tokenizer, handed = load_tokenizer("embedded"), []
+    tokenizer.chat_template = TEMPLATES["plain"]
+    tokenize = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, texts, **kwargs: handed.append(texts) or tokenize(self, texts, **kwargs),
+    )
+    chats = [{"messages": messages([("user", f"hi {i}"), ("assistant", f"yo {i}")])} for i in range(40)]
+    pairs = [{"prompt": f"{i} a har", "completion": "bour" if i % 2 else " lamp"} for i in range(40)]
+    for examples, most_calls in ((chats, 1), (pairs, 3)):
+        for settings in ({}, {"train_on_inputs": True}):
+            chosen = dataclasses.replace(config, dataset_text_field=None, **settings)
+            encoder = Encoder(tokenizer, chosen, list(examples[0]))
+            documents = [encoder.read(example, "") for example in examples]
+            handed.clear()
+            together = encoder(documents)
+            assert len(handed) <= most_calls and all(isinstance(texts, list) for texts in handed)
+            assert together == [row for document in documents for row in encoder([document])]
