@@ -284,3 +284,14 @@ def test_a_transform_changes_the_examples_as_they_are_read(config, tmp_path, str
     assert TOKENIZER.decode(rows[7][0]) == "</s>row 7: 7</s>" and rows[7][1][0] == IGNORE_INDEX
     with pytest.raises(UserError, match="has no column 'label'; it has text, id"):
         prepare_rows(config, TOKENIZER, lambda example: {"prompt": example["label"], "completion": ""})
+
+
+def test_boundary_rows_of_another_constant_of_a_transform_are_not_read_from_the_cache(config, tmp_path):
+    def with_end(end: str):
+        return lambda example: {"prompt": example["text"], "completion": end}
+
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
+    settings = {"dataset_name": str(tmp_path / "d.jsonl"), "dataset_text_field": None, "eval_fraction": 0.0}
+    for end in (" a", " b", " a"):
+        data = prepare_rows(dataclasses.replace(config, **settings), TOKENIZER, with_end(end))
+        assert TOKENIZER.decode(data.train[0]["input_ids"]) == f"</s>row 0{end}</s>"
