@@ -25,17 +25,22 @@ def generate(args) -> None:
     folder = Path(args.adapter)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"--adapter {folder}: holds no adapter_config.json; give the adapter/ of a run folder")
+    if others := [path.name for path in folder.iterdir() if not path.is_file() and not path.is_dir()]:
+        raise UserError(f"--adapter {folder}: {others[0]} in it is no file; reading it could wait for ever")
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from lora_dist.boundary import boundary
+
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with boundary(f"--adapter {folder}", "give the adapter/ of a run folder"):
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt, as_chat = _prompt_tokens(tokenizer, args.prompt, folder, bare=args.bare)
     prompt_BT = torch.tensor([prompt], device=device)
     out = model.generate(
@@ -100,19 +105,21 @@ def _check_ranks(args) -> None:
 
 
 def report(args) -> None:
+    from lora_dist.boundary import boundary
     from lora_dist.run.folder import RunFolder
-    from lora_dist.tracking.report import write_comparison, write_report
+    from lora_dist.tracking.report import require_page, write_comparison, write_report
 
     folders = [RunFolder(Path(root)) for root in args.run_folders]
     for folder in folders:
-        if not folder.config.is_file() or not folder.state.is_file():
+        if not any(os.path.lexists(path) for path in (folder.config, folder.state)):
             raise UserError(f"{folder.root}: holds no config.yaml and state.json; give a run folder")
-    if len(folders) == 1:
-        path = Path(args.output) if args.output else folders[0].report
-        write_report(folders[0], path)
-    else:
-        path = Path(args.output or "comparison.html")
-        write_comparison(folders, path)
+    path = Path(args.output) if args.output else folders[0].report if len(folders) == 1 else Path("comparison.html")
+    with boundary(f"--output {path}", "give another file name"):
+        if path not in [folder.report for folder in folders]:
+            require_page(path)
+        problems = write_report(folders[0], path) if len(folders) == 1 else write_comparison(folders, path)
+    for problem in problems:
+        print(f"warning: cannot be read: {problem}", file=sys.stderr)
     print(path)
 
 

@@ -2,20 +2,23 @@
 
 import dataclasses
 import datetime
-import json
+import os
+import re
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from lora_dist.boundary import read_json, read_yaml_settings
 from lora_dist.cluster.slurm import job_fields
 from lora_dist.errors import UserError
-from lora_dist.run.folder import STEP, RunFolder
+from lora_dist.run.folder import RunFolder
+from lora_dist.tracking.record import RunRecord, is_finite_number
 from lora_dist.units import count
 
 RECENT_STEPS = 20  # their median is the rate
+MAX_SECONDS = 10**9  # 31 years: no longer time is shown
+JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")  # of Slurm
 SILENT_S = 120  # a running run that logged nothing for longer than this is reported
 
 
@@ -41,6 +44,7 @@ class RunStatus:
     log: str | None
     wandb_sync: str | None  # command that uploads what W&B kept on disk
     config: dict
+    problems: list[str]  # what of the folder could not be read
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -63,6 +67,7 @@ class RunStatus:
             lines.append(f"error: {self.error}")
         if self.status == "running" and self.silent_s and self.silent_s > SILENT_S:
             lines.append(f"warning: nothing was logged for {_hours(self.silent_s)}; the run may have ended")
+        lines += [f"warning: cannot be read: {problem}" for problem in self.problems]
         lines += [f"log: {self.log}"] if self.log else []
         lines += [f"wandb: upload with: {self.wandb_sync}"] if self.wandb_sync else []
         return "\n".join(lines)
@@ -82,51 +87,49 @@ class RunStatus:
 
 def _hours(seconds: float) -> str:
     """H:MM:SS, with days in front if there are any."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    return str(datetime.timedelta(seconds=round(min(seconds, MAX_SECONDS))))
 
 
 def read_status(root: Path) -> RunStatus:
     """The status of the run in this folder. Raises UserError if there is none."""
     folder = RunFolder(root)
-    submitted = _read_json(folder.job / "submitted.json")
-    state = _read_json(folder.state)
-    if not state and not submitted:
+    record, submission = RunRecord(folder), folder.job / "submitted.json"
+    if not os.path.lexists(folder.state) and not os.path.lexists(submission):
         raise UserError(f"{root}: holds no run: no state.json, no job/submitted.json; give a run folder")
-    state = state or {"status": "waiting", "step": 0, "restarts": 0}
-    lines = folder.read_metrics()
-    step = max([state["step"], *(line[STEP] for line in lines[-1:])])
-    num_steps, summary = state.get("num_steps"), state.get("summary") or {}
-    step_time_s, tokens_per_second = _recent_rate(lines)
+    submitted = record.part_of_file(submission, read_json)
+    state = {
+        "status": "unknown" if os.path.lexists(folder.state) else "waiting",
+        "step": 0,
+        "restarts": 0,
+    } | record.state
+    num_steps = state.get("num_steps")
+    step_time_s, tokens_per_second = _recent_rate(record.lines)
     has_estimate = state["status"] == "running" and step_time_s and num_steps
-    job_id = submitted.get("job_id") or state.get("slurm_job_id")
-    settings = folder.config if folder.config.exists() else folder.job / "config.yaml"
+    job_id, log = (
+        value if isinstance(value, str) else None for value in (submitted.get("job_id"), submitted.get("log"))
+    )
+    job_id = job_id or state.get("slurm_job_id")
+    logged = record.lines[-1].get("time") if record.lines else None
     return RunStatus(
-        run=str(root), status=state["status"], step=step, saved_step=state["step"], num_steps=num_steps,
+        run=str(root), status=state["status"], step=record.step, saved_step=state["step"], num_steps=num_steps,
         restarts=state["restarts"], step_time_s=step_time_s, tokens_per_second=tokens_per_second,
-        time_left_s=(num_steps - step) * step_time_s if has_estimate else None,
-        silent_s=time.time() - lines[-1]["time"] if lines else None,
-        loss=_last(lines, "train/loss"), eval_loss=_last(lines, "eval/loss"), error=summary.get("error"),
-        job_id=job_id, job=job_fields(job_id) if job_id else {}, log=submitted.get("log"),
+        time_left_s=(num_steps - record.step) * step_time_s if has_estimate else None,
+        silent_s=time.time() - logged if is_finite_number(logged) else None,
+        loss=record.last("train/loss"), eval_loss=record.last("eval/loss"), error=record.summary.get("error"),
+        job_id=job_id, job=job_fields(job_id) if job_id and JOB_ID.fullmatch(job_id) else {}, log=log,
         wandb_sync=folder.wandb_sync_command(),
-        config=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {},
+        config=record.config or record.part_of_file(folder.job / "config.yaml", read_yaml_settings),
+        problems=record.problems,
     )  # fmt: skip
 
 
 def _recent_rate(lines: list[dict]) -> tuple[float | None, float | None]:
     """(seconds per step, tokens per second): medians over the recent steps, which one slow step does not change."""
-    timed = [line for line in lines if "perf/step_time_s" in line][-RECENT_STEPS:]
+    names = ("perf/step_time_s", "perf/tokens_per_second")
+    timed = [line for line in lines if all(is_finite_number(line.get(name)) for name in names)][-RECENT_STEPS:]
     if not timed:
         return None, None
-    return tuple(statistics.median(line[name] for line in timed)
-                 for name in ("perf/step_time_s", "perf/tokens_per_second"))  # fmt: skip
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _last(lines: list[dict], name: str) -> float | None:
-    return next((line[name] for line in reversed(lines) if name in line), None)
+    return tuple(statistics.median(line[name] for line in timed) for name in names)
 
 
 def comparison(runs: list[RunStatus]) -> str:

@@ -32,14 +32,33 @@ def read_training_state(checkpoint: Path) -> dict:
     """The content of a checkpoint's training_state.json. Raises UserError if it is not what a run wrote."""
     what = f"{checkpoint}/training_state.json"
     state = read_json(checkpoint / "training_state.json", what)
-    groups = {"progress", "facts", "config", "numerics"}
-    fits = groups <= {name for name, value in state.items() if isinstance(value, dict)}
-    step = state["progress"].get("step") if fits else None
-    if not isinstance(step, int) or f"step-{step:08d}" != checkpoint.name:
-        raise UserError(
-            f"{what}: does not hold the state of this checkpoint; remove the checkpoint to use an earlier one"
-        )
+    with boundary(what, "remove the checkpoint to use an earlier one"):
+        check_groups(state, "progress", "facts", "config", "numerics")
+        check_facts(state["facts"])
+        if not is_count(step := state["progress"].get("step")) or f"step-{step:08d}" != checkpoint.name:
+            raise ValueError(f"progress.step is {step}, which is not the step of this checkpoint")
     return state
+
+
+def check_groups(state: dict, *names: str) -> None:
+    """Raises ValueError unless these entries are there and have entries themselves."""
+    if others := [name for name in names if not isinstance(state.get(name), dict)]:
+        raise ValueError(f"it has no entry {others[0]} with the values of a run")
+
+
+def check_facts(facts: dict) -> None:
+    """Raises ValueError unless these can be the facts of a run."""
+    counts = [facts.get(name) for name in ("num_ranks", "micro_batches_per_step")]
+    names = {"mixed_precision", "rows"} - facts.keys()
+    if names or not all(is_count(count) and count > 0 for count in counts):
+        raise ValueError(f"its facts are not those of a run: {facts}")
+    if not isinstance(facts.get("from"), str | None):
+        raise ValueError(f"facts.from is {facts['from']}, which is no path")
+
+
+def is_count(value: object) -> bool:
+    """True for a number of things that a run can have counted. bool, a subclass of int, is no number."""
+    return type(value) is int and 0 <= value < 2**53
 
 
 class RunFolder:
@@ -100,6 +119,7 @@ class RunFolder:
                     holder = os.pread(self._lock, 200, 0).decode(errors="replace")
                     raise UserError(f"--output_dir {self.root}: is in use by {holder}; give another folder")
                 time.sleep(0.2)
+            self._check_kinds()
             for path in (self.state, self.config, self.starts):
                 what = f"--output_dir {self.root}: {path.name} in it"
                 self._before[path.name] = read_text(path, what) if os.path.lexists(path) else None
@@ -124,6 +144,14 @@ class RunFolder:
         except BlockingIOError:
             return False
         return os.fstat(self._lock).st_nlink > 0
+
+    def _check_kinds(self) -> None:
+        """Raises UserError if something else has the name of a file that is written later."""
+        for path in (self.metrics, self.samples, self.bad_steps, self.report):
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError(f"--output_dir {self.root}: {path.name} in it is not a file; move it away")
+        if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
+            raise UserError(f"--output_dir {self.root}: checkpoints in it is not a folder; move it away")
 
     def holds_a_run(self) -> bool:
         """False also if the start that began the run was killed after its first file, state.json."""
@@ -175,12 +203,7 @@ class RunFolder:
     @staticmethod
     def read_lines(path: Path) -> list[dict]:
         """The objects in a .jsonl file; [] if there is no file. Lines cut off, or that hold no object, are left out."""
-        found = []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, RecursionError):
-                found += [json.loads(line)] if line.endswith("\n") else []
-        return [line for line in found if isinstance(line, dict)]
+        return [values for line in lines_of(path) if (values := _parse(line)) is not None]
 
     def read_metrics(self) -> list[dict]:
         return self.read_lines(self.metrics)
@@ -298,23 +321,27 @@ class RunFolder:
         The evaluation at `step` itself is removed too if the checkpoint was written before it (not `evaluated`).
         """
         steps = [line.get(STEP) for line in self.read_metrics()]
-        self.last_logged_step = max((step for step in steps if isinstance(step, int)), default=-1)
+        self.last_logged_step = max((step for step in steps if is_count(step)), default=-1)
         for path, key in ((self.metrics, STEP), (self.samples, STEP), (self.bad_steps, "step")):
             if path.exists():
                 evaluation = "" if evaluated else "eval/loss" if path == self.metrics else "completion"
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                write_whole(path, "".join(line for line in lines if _is_kept(line, key, step, evaluation)))
+                write_whole(path, "".join(line for line in lines_of(path) if _is_kept(line, key, step, evaluation)))
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file with their ends; [] if there is none, or something else of that name."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+
+
+def _parse(line: str) -> dict | None:
+    """The object of a line; None if the line is cut off or holds no object."""
+    with contextlib.suppress(UserError), boundary("line"):
+        values = json.loads(line)
+        return values if isinstance(values, dict) and line.endswith("\n") else None
 
 
 def _is_kept(line: str, step_key: str, step: int, evaluation_key: str) -> bool:
     """True if a complete line is from before `step`, or from `step` without `evaluation_key` ("" matches no line)."""
-    try:
-        values = json.loads(line)
-        line_step = values[step_key]
-        return (
-            isinstance(line_step, int)
-            and line.endswith("\n")
-            and (line_step < step or (line_step == step and evaluation_key not in values))
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+    values = _parse(line) or {}
+    line_step = values.get(step_key)
+    return is_count(line_step) and (line_step < step or (line_step == step and evaluation_key not in values))

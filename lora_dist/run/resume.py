@@ -9,7 +9,7 @@ from lora_dist.boundary import boundary, read_yaml_settings
 from lora_dist.config import ASK_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from lora_dist.errors import NothingToDo, UserError, require
 from lora_dist.files import is_complete
-from lora_dist.run.folder import STATUSES, RunFolder, read_training_state
+from lora_dist.run.folder import STATUSES, RunFolder, check_facts, check_groups, is_count, read_training_state
 from lora_dist.run.ours import CHECKPOINT_NAME
 
 # Prefixes of the settings that decide which rows there are. If one of them changed, it is named instead of the rows.
@@ -104,22 +104,24 @@ def _read_run(folder: RunFolder) -> tuple[dict, dict]:
         state = folder.read_state(f"{what}: {folder.state.name}")
         settings = read_yaml_settings(folder.config, f"{what}: {folder.config.name}")
         _check_state(state)
-        missing = {"gradient_accumulation_steps", "mixed_precision"} - settings.keys()
-        if missing:
-            raise ValueError(f"{folder.config.name} lacks {' '.join(sorted(missing))}")
+        accumulation = settings.get("gradient_accumulation_steps")
+        if not is_count(accumulation) or not accumulation:
+            raise ValueError(f"gradient_accumulation_steps in {folder.config.name} is {accumulation}, no count")
     return state, settings
 
 
 def _check_state(state: dict) -> None:
     """Raises ValueError unless a state.json holds what a start that continues the run needs."""
-    facts = state.get("facts")
-    fits = isinstance(facts, dict) and state.get("status") in STATUSES
-    counts = [state.get("step"), state.get("restarts")]
-    counts += [facts.get("num_ranks"), facts.get("micro_batches_per_step")] if fits else []
-    fits = fits and all(isinstance(number, int) and 0 <= number < 2**53 for number in counts)
-    fits = fits and {"mixed_precision", "rows"} <= facts.keys() and isinstance(state.get("summary") or {}, dict)
-    if not fits or not isinstance(facts.get("from"), str | None) or "wandb_run_id" not in state:
+    check_groups(state, "facts")
+    check_facts(state["facts"])
+    for name in ("step", "restarts"):
+        if not is_count(state.get(name)):
+            raise ValueError(f"{name} in state.json is {state.get(name)}, no count")
+    summary, wandb_run_id = state.get("summary"), state.get("wandb_run_id")
+    if state.get("status") not in STATUSES or not isinstance(summary, dict | None) or "wandb_run_id" not in state:
         raise ValueError("state.json does not hold the state of a run")
+    if not isinstance(wandb_run_id, str | None):
+        raise ValueError(f"wandb_run_id in state.json is {wandb_run_id}, no name")
 
 
 def _check_request(requested: Path, folder: RunFolder, newest: Path | None, parent: str | None) -> None:

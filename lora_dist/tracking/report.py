@@ -2,19 +2,20 @@
 
 import dataclasses
 import datetime
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 
+from lora_dist.boundary import read_json
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.files import write_whole
 from lora_dist.run.folder import RunFolder
 from lora_dist.tracking.charts import Chart, Series, draw, smoothed
 from lora_dist.tracking.metric_names import PARTS
-from lora_dist.tracking.record import RunRecord, rank_of
+from lora_dist.tracking.record import RunRecord, is_finite_number, rank_of
 from lora_dist.tracking.report_sections import memory_bars, sample_cards, shorten
 from lora_dist.units import count, duration, percent, size
 
@@ -35,6 +36,8 @@ COMPARED_CURVES = (  # title, unit (None: the loss's own), metric
     ("Learning rate", "", "train/learning_rate"),
     ("Gradient norm before clipping", "", "train/grad_norm"),
 )
+MARK = b" - lora-dist</title>"  # in each page; before it stands the name of the run
+MARKED_BYTES = 5000
 MIN_SMOOTHED = 40  # values; with fewer a running mean would hide more than it shows
 WIDE_CHART = {"width": 860, "height": 300}
 MAX_COMPARED = 8  # runs that the colours and dashes of a chart tell apart
@@ -42,31 +45,49 @@ MAX_COMPARED = 8  # runs that the colours and dashes of a chart tell apart
 MAX_STARTS, MAX_ERROR_CHARACTERS, MAX_BAD_STEPS = 30, 400, 20
 
 
-def write_report(folder: RunFolder, path: Path | None = None) -> None:
-    """Draw the run folder as it is now into `path`; by default into its report.html."""
-    write_whole(path or folder.report, render(RunRecord(folder)))
+def require_page(path: Path) -> None:
+    """Raises UserError if there is something at this path that is not a page of ours, which may be overwritten."""
+    if os.path.lexists(path) and not (path.is_file() and MARK in path.read_bytes()[:MARKED_BYTES]):
+        raise UserError(f"--output {path}: is there, and is no page of lora-dist; give another name, or remove it")
 
 
-def write_comparison(folders: list[RunFolder], path: Path) -> None:
-    """Draw several runs into one page. Raises UserError if there are too many to tell apart."""
+def write_report(folder: RunFolder, path: Path | None = None) -> list[str]:
+    """Draw the run folder as it is now into `path`; by default into its report.html.
+
+    Returns a line for each part of the folder that could not be read or shown. The page names them too.
+    """
+    record = RunRecord(folder)
+    write_whole(path or folder.report, render(record))
+    return record.problems
+
+
+def write_comparison(folders: list[RunFolder], path: Path) -> list[str]:
+    """Draw several runs into one page, as `write_report` does. Raises UserError if there are too many to tell apart."""
     if len(folders) > MAX_COMPARED:
         raise UserError(f"RUN: {len(folders)} are given, but a chart can tell at most {MAX_COMPARED} apart; give fewer")
-    write_whole(path, render_comparison([RunRecord(folder) for folder in folders]))
+    records = [RunRecord(folder) for folder in folders]
+    write_whole(path, render_comparison(records))
+    return [f"{record.folder.root}: {problem}" for record in records for problem in record.problems]
 
 
 def render(record: RunRecord) -> str:
-    """The page of one run as HTML text."""
-    restart_steps = [start["step"] for start in record.starts[1:] if "step" in start]
-    return _template("report").render(
-        record=record, name=record.name, strategy=_strategy_and_ranks(record), figures=key_figures(record),
-        loss=_loss_charts(record, restart_steps),
-        charts=[chart for curve in CURVES if (chart := _curve(record, *curve, restart_steps))],
-        memory=memory_bars(record), time=time_spent(record), waits=_reduce_waits(record),
-        samples=sample_cards(record), profile=_read_profile(record.folder),
-        starts=[_start_row(start) for start in record.starts[-MAX_STARTS:]],
-        num_earlier_starts=max(len(record.starts) - MAX_STARTS, 0), incidents=incidents(record),
-        settings=settings(record.config), environment=environment(record.starts),
+    """The page of one run as HTML text. A section that cannot be drawn is left out, and `record.problems` says so."""
+    part, steps = record.part, [start["step"] for start in record.starts[1:] if "step" in start]
+    charts = [part(title, lambda c=(title, *rest): _curve(record, *c, steps), None) for title, *rest in CURVES]
+    sections = dict(
+        name=record.name, state=record.state, step=record.step, restarts=record.restarts, config=record.config,
+        error=record.summary.get("error"), strategy=part("strategy", lambda: _strategy_and_ranks(record), ""),
+        figures=part("key figures", lambda: key_figures(record), []),
+        loss=part("loss", lambda: _loss_charts(record, steps), []), charts=[chart for chart in charts if chart],
+        memory=part("memory", lambda: memory_bars(record), {}), time=part("time", lambda: time_spent(record), {}),
+        waits=part("waits", lambda: _reduce_waits(record), []), profile=_read_profile(record),
+        samples=part("samples.jsonl", lambda: sample_cards(record), {}),
+        starts=part("starts.jsonl", lambda: [_start_row(start) for start in record.starts[-MAX_STARTS:]], []),
+        num_earlier_starts=max(len(record.starts) - MAX_STARTS, 0),
+        incidents=part("faults", lambda: incidents(record), []), settings=settings(record.config),
+        environment=part("environment", lambda: environment(record.starts), []),
     )  # fmt: skip
+    return _template("report").render(sections, problems=record.problems)
 
 
 def render_comparison(records: list[RunRecord]) -> str:
@@ -76,11 +97,15 @@ def render_comparison(records: list[RunRecord]) -> str:
     for title, unit, metric in COMPARED_CURVES:
         lines = [Series(names[i], record.series(metric), style=i) for i, record in enumerate(records)]
         charts.append(draw(title, _loss_unit(records) if unit is None else unit, lines))
-    results = [[names[i], record.state.get("status", ""), *results_of(record)] for i, record in enumerate(records)]
+    results = [
+        [names[i], record.state.get("status", ""), *record.part("results", lambda r=record: results_of(r), [])]
+        for i, record in enumerate(records)
+    ]
+    differing = differing_settings([record.config for record in records])
     return _template("comparison").render(
         name="Comparison of " + ", ".join(names), run_names=names, results=results,
-        charts=[chart for chart in charts if chart],
-        differing=differing_settings([record.config for record in records]),
+        charts=[chart for chart in charts if chart], differing=differing,
+        problems=[f"{names[i]}: {problem}" for i, record in enumerate(records) for problem in record.problems],
     )  # fmt: skip
 
 
@@ -224,9 +249,16 @@ def _reduce_waits(record: RunRecord) -> list[tuple[str, float]]:
     return means if len(means) > 1 else []
 
 
-def _read_profile(folder: RunFolder) -> dict | None:
-    path = folder.profile / "table.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _read_profile(record: RunRecord) -> dict | None:
+    def read() -> dict:
+        table = read_json(path, "profile/table.json")
+        rows = [{name: row[name] for name in ("what", "self_time_s", "share", "calls")} for row in table["rows"]]
+        if not all(is_finite_number(row[name]) for row in rows for name in ("self_time_s", "share", "calls")):
+            raise ValueError("a time, a share or a count is no number")
+        return {"steps": [int(table["steps"][0]), int(table["steps"][1])], "rows": rows}
+
+    path = record.folder.profile / "table.json"
+    return record.part("profile/table.json", read, None) if os.path.lexists(path) else None
 
 
 def _start_row(start: dict) -> dict:
@@ -244,7 +276,7 @@ def _start_row(start: dict) -> dict:
 
 def incidents(record: RunRecord) -> list[str]:
     """What went wrong, one line each. The table of starts shows how the starts before the last one ended."""
-    bad_steps = record.folder.read_lines(record.folder.bad_steps)
+    bad_steps = record.bad_steps
     found = [_ending(record)] if record.state.get("status") in ("failed", "preempted") else []
     if record.restarts and len(record.starts) < 2:
         found.append(f"{count(record.restarts, 'restart')}, with no details recorded")

@@ -10,8 +10,10 @@ No random state is saved, because every draw depends on the seed, the step and t
 
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from lora_dist.boundary import boundary
 from lora_dist.environment import numerics, versions
 from lora_dist.errors import RunFailed, UserError
-from lora_dist.files import sync_files, write_manifest, write_whole
+from lora_dist.files import read_manifest, sync_files, write_manifest, write_whole
 from lora_dist.model.adapters import check_identical, compare_tensors, save_adapter, trainable_parameters
 from lora_dist.parallel.ranks import any_rank, copy_from_rank_0, from_rank_0
 from lora_dist.parallel.zero import load_zero2_state, zero2_state
-from lora_dist.run.folder import read_training_state
+from lora_dist.run.folder import is_count, read_training_state
 from lora_dist.training.run import Progress, Run
 
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
@@ -115,8 +117,8 @@ def write_checkpoint(run: Run, snapshot: Snapshot, folder: Path) -> None:
 def restore(run: Run) -> None:
     """Load the checkpoint that the run continues from: adapter, optimizer, learning rate, loss scaler and progress.
 
-    Rank 0 reads it and sends it to the others. Raises UserError if it does not fit the run, and RuntimeError unless
-    every rank ends up with exactly the adapter that was saved. Collective.
+    Rank 0 reads it and sends it to the others. Raises UserError if it does not fit the run, or unless every rank ends
+    up with exactly the adapter that was saved. Collective.
     """
     state, optimizer, has_optimizer = _load(run, run.folder.resume_from)
     if run.is_main:
@@ -158,7 +160,10 @@ def _load(run: Run, checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor], bo
 
 def _check_adapter(run: Run, checkpoint: Path, state: dict) -> None:
     if check_identical(run.model) != state["adapter_sha256"]:
-        raise RuntimeError(f"{checkpoint}: the adapter that was loaded differs from the one that was saved")
+        raise UserError(
+            f"{checkpoint}: its adapter is not the one that it was saved with (adapter_sha256 in training_state.json); "
+            "remove this checkpoint to continue from an earlier one"
+        )
 
 
 class _Saved(NamedTuple):
@@ -177,9 +182,14 @@ def _read_checkpoint(run: Run, folder: Path) -> _Saved:
     """
     state = read_training_state(folder)
     with boundary(f"{folder}", "remove this checkpoint to continue from an earlier one"):
+        if lacks := {"adapter/adapter_model.safetensors", "optimizer.safetensors"} - read_manifest(folder).keys():
+            raise ValueError(f"its manifest does not name {min(lacks)}")
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         optimizer = load_file(folder / "optimizer.safetensors")
-        Progress(**state["progress"])
+        _check_progress(Progress(**state["progress"]))
+        _check_scaler(state["loss_scaler"], run.accelerator.scaler)
+        if not isinstance(state["adapter_sha256"], str):
+            raise ValueError(f"adapter_sha256 is {state['adapter_sha256']}")
         compare_tensors("adapter", adapter, get_peft_model_state_dict(run.model, save_embedding_layers=False))
         moments = {
             f"{key}.{name}": torch.empty((), dtype=torch.float32) if key == "step" else param
@@ -189,6 +199,31 @@ def _read_checkpoint(run: Run, folder: Path) -> _Saved:
         if optimizer:
             compare_tensors("optimizer", optimizer, moments)
     return _Saved(state, adapter, optimizer, None)
+
+
+FITS: dict[object, Callable[[object], bool]] = {  # by the type of a field of Progress
+    int: is_count,
+    int | None: lambda value: value is None or is_count(value),
+    float: lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+    float | None: lambda value: value is None or type(value) in (int, float),  # NaN: a base may have such a loss
+    list[float]: lambda value: isinstance(value, list) and all(FITS[float](abs(v)) for v in value),
+}
+
+
+def _check_progress(progress: Progress) -> None:
+    """Raises ValueError for a value that no run can have."""
+    for field in dataclasses.fields(progress):
+        value = getattr(progress, field.name)
+        if not FITS[field.type](value):
+            raise ValueError(f"progress.{field.name} is {value}")
+
+
+def _check_scaler(saved: dict | None, scaler: torch.amp.GradScaler | None) -> None:
+    """Raises ValueError unless these are values of a loss scaler."""
+    if scaler and saved:
+        fits = saved.keys() == scaler.state_dict().keys() and all(type(v) in (int, float) for v in saved.values())
+        if not fits or not all(0 <= value < 2**120 for value in saved.values()) or not saved["scale"]:
+            raise ValueError(f"loss_scaler is {saved}")
 
 
 def _restore_optimizer(run: Run, saved: dict[str, torch.Tensor], *, has_state: bool) -> None:
@@ -222,7 +257,7 @@ def set_schedule(run: Run, step: int) -> None:
 
 
 def _warn_of_other_numerics(then: dict, now: dict) -> None:
-    changed = [f"{name} was {then[name]}, is now {now[name]}" for name in now if then[name] != now[name]]
+    changed = [f"{name} was {then.get(name)}, is now {now[name]}" for name in now if then.get(name) != now[name]]
     if changed:
         print(f"warning: {'; '.join(changed)}: the bits may differ from this step on", file=sys.stderr)
 

@@ -11,7 +11,9 @@ from lora_dist.files import MANIFEST, is_complete, write_manifest
 from lora_dist.model.adapters import compare_tensors
 from lora_dist.run.folder import RunFolder, read_training_state
 from lora_dist.run.ours import remove
-from lora_dist.run.resume import begin_or_resume
+from lora_dist.run.resume import _read_run, begin_or_resume
+from lora_dist.training.checkpoint import _check_progress
+from lora_dist.training.run import Progress
 
 FACTS = {"num_ranks": 1, "micro_batches_per_step": 8, "mixed_precision": "no", "rows": "abc"}
 
@@ -186,13 +188,16 @@ def test_lines_of_any_content_are_left_out(tmp_path, text):
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", '{"progress": 1}', '{"progress": {"step": -1}}',
-                                   '{"progress": {"step": 2}, "facts": {}, "config": {}, "numerics": {}}'])  # fmt: skip
+                                   '{"progress": {"step": 2}, "facts": {}, "config": {}, "numerics": {}}',
+                                   '{"progress": {"step": 1}, "facts": {"rows": 1}, "config": {}, "numerics": {}}',
+                                   '{"progress": {"step": true}, "facts": {}, "config": {}, "numerics": {}}',
+                                  ])  # fmt: skip
 def test_the_state_of_another_step_or_shape_is_refused(tmp_path, state):
     path = add_checkpoint(RunFolder(tmp_path), 1)
     (path / "training_state.json").write_text(state)
     with pytest.raises(UserError, match=r"training_state\.json"):
         read_training_state(path)
-    good = {"progress": {"step": 1}, "facts": {}, "config": {}, "numerics": {}}
+    good = {"progress": {"step": 1}, "facts": FACTS, "config": {}, "numerics": {}}
     (path / "training_state.json").write_text(json.dumps(good))
     assert read_training_state(path) == good
 
@@ -271,3 +276,51 @@ def test_a_state_of_others_is_refused_and_the_folder_untouched(folder, config, s
     with pytest.raises(UserError, match=f"^--output_dir {folder.root}: ") as raised:
         begin_or_resume(dataclasses.replace(config, output_dir=str(folder.root)), "opt_quotes", dict(FACTS), 1)
     assert "\n" not in str(raised.value) and contents(folder.root) == before
+
+
+BAD_VALUES = [-1, True, "5", None, [], {}, 1e300, float("nan"), 10**30]
+
+
+@pytest.mark.parametrize("value", BAD_VALUES)
+@pytest.mark.parametrize("name", ["step", "restarts", "status", "wandb_run_id", "facts", "num_ranks", "from"])
+def test_a_state_with_impossible_values_is_refused(folder, config, name, value):
+    if value is None and name in ("wandb_run_id", "from"):
+        return
+    if isinstance(value, str) and name in ("wandb_run_id", "from"):
+        return
+    folder.root.mkdir()
+    folder.facts = dict(FACTS)
+    folder.begin(config)
+    state = folder.read_state()
+    (state["facts"] if name in ("num_ranks", "from") else state)[name] = value
+    folder.state.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=f"^--output_dir {folder.root}: ") as raised:
+        _read_run(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "report.html", "starts.jsonl",
+                                  "state.json", "config.yaml", "checkpoints"])  # fmt: skip
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused(folder, config, name, make):
+    if (name, make) == ("checkpoints", os.mkdir):
+        return
+    folder.root.mkdir()
+    folder.facts = dict(FACTS)
+    folder.begin(config)
+    (folder.root / name).unlink(missing_ok=True)
+    make(folder.root / name)
+    with pytest.raises(UserError, match=f"^--output_dir {folder.root}: .*{name}") as raised:
+        begin_or_resume(dataclasses.replace(config, output_dir=str(folder.root)), "opt_quotes", dict(FACTS), 1)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", BAD_VALUES)
+@pytest.mark.parametrize("name", ["step", "tokens_seen", "train_time_s", "first_losses", "best_step", "eval_loss", "x"])
+def test_a_progress_with_impossible_values_is_refused(name, value):
+    may_be = {"best_step": [None], "eval_loss": [None, -1, 1e300, 10**30], "first_losses": [[]],
+              "train_time_s": [1e300, 10**30]}  # fmt: skip
+    if value in may_be.get(name, []) or (name == "eval_loss" and value != value):
+        return
+    with pytest.raises((ValueError, TypeError)):
+        _check_progress(Progress(**{name: value}))
