@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from lora_dist.config import TrainConfig
-from lora_dist.environment import has_gpu
+from lora_dist.environment import env_count, has_gpu
 from lora_dist.errors import NothingToDo, RunFailed, UserError
 from lora_dist.signals import install_handlers
 
@@ -36,7 +36,7 @@ def run_recipe(
         config = parse_recipe_config(
             defaults, argv, gpu=gpu, embedded=embedded, on_gpu=has_gpu, description=description
         )
-        warning = other_batch(argv, config, int(os.environ.get("WORLD_SIZE", "1")))
+        warning = other_batch(argv, config, env_count("WORLD_SIZE", 1, least=1))
         if warning and os.environ.get("RANK", "0") == "0":
             print(warning, file=sys.stderr)
         main(config)
@@ -49,7 +49,7 @@ def stop_with_launcher() -> None:
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(launcher):  # it died before the call above
+        if str(os.getppid()) != launcher:  # it died before the call above
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -91,14 +91,17 @@ def _read_index(index: Path) -> dict[str, str]:
     file_of = read_json(index, what).get("weight_map")
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
         raise UserError(f"{what}: its weight_map must give the file name of each tensor; download it again")
-    for name in sorted(set(file_of.values())):
-        # In the hub's cache each file of a snapshot is a link to ../../blobs.
-        folder = index.parent.resolve()
-        allowed = folder.parents[1] if folder.parent.name == "snapshots" else folder
-        if Path(name).name != name or not (index.parent / name).resolve().is_relative_to(allowed):
-            raise UserError(f"{what}: it names {name!r}, which is outside of its folder; put the file into the folder")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{what}: it names {name!r}, which is not there; download it again")
+    with boundary(what, AGAIN):
+        for name in sorted(set(file_of.values())):
+            # In the hub's cache each file of a snapshot is a link to ../../blobs.
+            folder = index.parent.resolve()
+            allowed = folder.parents[1] if folder.parent.name == "snapshots" else folder
+            if Path(name).name != name or not (index.parent / name).resolve().is_relative_to(allowed):
+                raise UserError(
+                    f"{what}: it names {name!r}, which is outside of its folder; put the file into the folder"
+                )
+            if not (index.parent / name).is_file():
+                raise UserError(f"{what}: it names {name!r}, which is not there; download it again")
     return file_of
 
 

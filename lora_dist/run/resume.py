@@ -89,7 +89,7 @@ def _resume(folder: RunFolder, config: TrainConfig, facts: dict, num_groups: int
     ]
     folder.resume_from, folder.wandb_run_id = newest, state["wandb_run_id"]
     folder.restarts = state["restarts"] + 1
-    folder.previous = {"status": state["status"], "error": (state["summary"] or {}).get("error")}
+    folder.previous = {"status": state["status"], "error": (state.get("summary") or {}).get("error")}
     notes.append(f"continuing from {newest}" if newest else f"{folder.root} holds no checkpoint: starting from step 0")
     # gradient_accumulation_steps belongs to the ranks of the first start, so config.yaml keeps it.
     kept = {"gradient_accumulation_steps": old_settings["gradient_accumulation_steps"]}

@@ -19,8 +19,10 @@ MAX_CPU_S, MAX_WALL_S = 5, 60  # of one input
 counts = pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 
 
-def holds(count: int, inputs: st.SearchStrategy, check: Callable) -> None:
-    """Call `check` with `count` inputs."""
+def holds(count: int, inputs: st.SearchStrategy, check: Callable, *known: object) -> None:
+    """Call `check` with `count` inputs, after the `known` ones, which failed once."""
+    for value in known:
+        check(value)
     options = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     settings(max_examples=count, **options)(given(inputs)(lambda value: check(value)))()
 

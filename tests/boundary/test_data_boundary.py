@@ -1,0 +1,48 @@
+"""Whatever stands in a data file is trained on, or refused in one line."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import strategies as st
+
+from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import prepare_rows
+from tests.helpers.properties import answered, counts, holds, json_values, mutations, words
+
+TEXTS = [{"text": "one"}, {"text": "two\nlines"}, {"text": None}]
+PAIRS = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "x", "completion": "y", "id": 7}]
+INSTRUCTIONS = [{"instruction": "Add", "input": "1, 1", "output": "2"}]
+CHATS = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}]}]
+VALID = ["".join(json.dumps(row) + "\n" for row in rows).encode() for rows in (TEXTS, PAIRS, INSTRUCTIONS, CHATS)]
+COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+
+role = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt"]) | words
+message = st.fixed_dictionaries({"role": role, "content": words | json_values})
+column = st.sampled_from(COLUMNS)
+row = st.dictionaries(column, words | json_values | st.lists(message, max_size=3), max_size=4)
+jsonl = st.lists(row | json_values, max_size=4).map(lambda rows: "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+
+@pytest.fixture
+def base(config):
+    return dataclasses.replace(config, dataset_text_field=None, eval_fraction=0.0, max_length=64)
+
+
+@counts
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt"])
+def test_any_bytes_in_a_data_file(count, suffix, tmp_path, base):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = folder / f"data.{suffix}"
+    config = dataclasses.replace(base, dataset_name=str(file))
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer.chat_template = TEMPLATE
+
+    def check(content):
+        file.write_bytes(content)
+        with answered(folder):
+            prepare_rows(config, tokenizer)
+
+    holds(count, st.one_of(jsonl, st.sampled_from(VALID).flatmap(mutations), st.binary(max_size=100)), check)
