@@ -24,14 +24,27 @@ entry = st.fixed_dictionaries(
 headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]) | words, entry | json_values, max_size=3)
 
 
-def file_of(header: dict) -> bytes:
+VALID = save(TENSORS)
+(HEADER_SIZE,) = struct.unpack("<Q", VALID[:8])
+HEADER = json.loads(VALID[8 : 8 + HEADER_SIZE])
+
+
+def file_of(header: dict, data: bytes = bytes(60)) -> bytes:
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(60)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@st.composite
+def changed_headers(draw) -> bytes:
+    """The valid file with one value of one tensor's entry changed."""
+    name, key = draw(st.sampled_from(sorted(HEADER))), draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+    header = HEADER | {name: HEADER[name] | {key: draw(entry)[key]}}
+    return file_of(header, VALID[8 + HEADER_SIZE :])
 
 
 @counts
 def test_any_safetensors_header(count, tmp_path):
-    file, valid = tmp_path / "model.safetensors", save(TENSORS)
+    file = tmp_path / "model.safetensors"
 
     def check(content):
         file.write_bytes(content)
@@ -42,8 +55,12 @@ def test_any_safetensors_header(count, tmp_path):
             assert all(tensors[name].numpy().tobytes() == expected[name].numpy().tobytes() for name in expected
                        if expected[name].dtype not in (torch.bfloat16, torch.float8_e4m3fn))  # fmt: skip
 
-    sizes = st.integers(0, 2**64 - 1).map(lambda size: struct.pack("<Q", size) + valid[8:])
-    holds(count, st.one_of(mutations(valid), sizes, headers.map(file_of), st.binary(max_size=64)), check)
+    sizes = st.integers(0, 2**64 - 1).map(lambda size: struct.pack("<Q", size) + VALID[8:])
+    holds(
+        count,
+        st.one_of(changed_headers(), mutations(VALID), sizes, headers.map(file_of), st.binary(max_size=64)),
+        check,
+    )
 
 
 @counts

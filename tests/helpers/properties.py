@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lora_dist.errors import NothingToDo, RunFailed, UserError
@@ -23,8 +23,11 @@ def holds(count: int, inputs: st.SearchStrategy, check: Callable, *known: object
     """Call `check` with `count` inputs, after the `known` ones, which failed once."""
     for value in known:
         check(value)
-    options = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    settings(max_examples=count, **options)(given(inputs)(lambda value: check(value)))()
+    options = settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False,
+    )  # fmt: skip
+    options(given(inputs)(lambda value: check(value)))()
 
 
 @contextlib.contextmanager
