@@ -300,7 +300,7 @@ def submit(script: Path, *options: str) -> str:
     done = _ask("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         errors = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"sbatch: {', '.join(errors) or f'exit code {done.returncode}'}")
+        raise UserError(f"sbatch: {': '.join(errors) or f'exit code {done.returncode}'}")
     found = re.search(r"^([0-9]+)(;.*)?$", done.stdout, re.MULTILINE)
     if not found:
         raise UserError(f"sbatch: printed {ascii(done.stdout[:100])}, which is no job id; see squeue --me")

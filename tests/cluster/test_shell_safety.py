@@ -165,7 +165,7 @@ def test_all_other_settings_are_read_from_the_job_folder_and_by_no_shell(cwd, te
     assert all(copy.parent == cwd / "run/job" and copy.read_text() == "{}" for copy in copies.values())
 
 
-def test_bash_gets_each_value_as_one_word():
+def test_bash_gets_each_value_as_one_word(cwd):
     texts = [text for text in TEXTS if text.isprintable()] + ["a\nb", "\x1b"]
     lines = [assign(one=text) + Bash('; printf "%s\\0" "$one"') for text in texts]
     lines += [
@@ -174,6 +174,7 @@ def test_bash_gets_each_value_as_one_word():
     ]
     done = subprocess.run(["bash"], input=text_of(lines), capture_output=True, text=True)
     assert (done.stdout.split("\0")[:-1], done.stderr) == (texts * 2, "")
+    assert not list(cwd.iterdir())
     assert words("a b", Bash("$x")).text == "'a b' $x" and quote(3).text == "3"
     with pytest.raises(AssertionError):
         directive("comment", "a\ntouch MARK")
