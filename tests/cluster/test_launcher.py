@@ -21,7 +21,8 @@ RECIPE = """
 import json, os, signal, sys, time
 from pathlib import Path
 import lora_dist
-CONFIG, GPU, EMBEDDED = lora_dist.TrainConfig(), {}, {}
+CONFIG = lora_dist.TrainConfig()
+GPU = EMBEDDED = {"model_name_or_path": "embedded", "dataset_name": "embedded"}
 FOLDER = Path(__file__).parent
 def main(config): pass
 if __name__ == "__main__":
