@@ -17,12 +17,13 @@ from pathlib import Path
 
 import requests
 import wandb
-import yaml
 
 from lora_dist import signals
+from lora_dist.boundary import boundary
 from lora_dist.errors import UserError
 from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.tracking.metric_names import METRICS, PROJECT
+from lora_dist.tracking.record import RunRecord
 
 SAMPLE_COLUMNS = ("step", "prompt", "reference", "completion")
 # Time-outs in seconds: of the request that tests the server, of wandb.init, and of the two ways to end. wandb sends its
@@ -57,7 +58,7 @@ class WandbMirror:
                 _mark_uploaded(path)
         folder.wandb_run_id = self.wandb_run.id
         folder.write_state("running", folder.read_state()["step"])
-        self.replayed_to = replay(self.wandb_run, folder, after=self.last_step)
+        self.replayed_to = replay(self.wandb_run, RunRecord(folder), after=self.last_step)
         print_line(f"wandb: {self.where()}")
 
     def where(self) -> str:
@@ -140,21 +141,21 @@ def _init(folder: RunFolder, offline: bool, **overrides) -> wandb.Run:
 
 def _wandb_config(folder: RunFolder) -> dict:
     """The `config` of the W&B run: all settings, and how the newest start of the training was made."""
-    start = (folder.read_lines(folder.starts) or [{}])[-1]
-    settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    return {"config": settings, **{key: value for key, value in start.items() if key not in ("time", "previous")}}
+    record = RunRecord(folder)
+    start = (record.starts or [{}])[-1]
+    return {"config": record.config} | {key: value for key, value in start.items() if key not in ("time", "previous")}
 
 
-def replay(wandb_run: wandb.Run, folder: RunFolder, after: int) -> int:
+def replay(wandb_run: wandb.Run, record: RunRecord, after: int) -> int:
     """Log to W&B what metrics.jsonl and samples.jsonl hold of the steps after `after`.
 
     Returns the last step that metrics.jsonl holds; -1 if it holds none.
     """
     rows: dict[int, dict] = {}
-    for line in folder.read_metrics():
+    for line in record.lines:
         rows.setdefault(line[STEP], {}).update({name: value for name, value in line.items() if name != "time"})
     samples: dict[int, list[dict]] = {}
-    for line in folder.read_lines(folder.samples):
+    for line in record.samples:
         samples.setdefault(line[STEP], []).append(line)
     for step in sorted(step for step in rows if step > after):
         table = {"eval/samples": _table(samples[step], step)} if step in samples else {}
@@ -163,7 +164,7 @@ def replay(wandb_run: wandb.Run, folder: RunFolder, after: int) -> int:
 
 
 def _table(samples: list[dict], step: int) -> wandb.Table:
-    rows = [[step, *(sample[name] for name in SAMPLE_COLUMNS[1:])] for sample in samples]
+    rows = [[step, *(sample.get(name) for name in SAMPLE_COLUMNS[1:])] for sample in samples]
     return wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
 
 
@@ -194,7 +195,8 @@ def last_local_step(folder: RunFolder, directories: list[Path]) -> int:
 
 def push(folder: RunFolder, project: str | None, entity: str | None) -> str:
     """Replay a run folder into one new W&B run. Returns its address. Raises UserError."""
-    if not folder.starts.exists():
+    record = RunRecord(folder)
+    if not record.starts:
         raise UserError(f"{folder.root}: has no starts.jsonl; give the folder of a run that was started")
     if "WANDB_MODE" not in os.environ and not _reachable():
         raise UserError(f"WANDB_BASE_URL {_base_url()}: no key, or no answer; log in with `wandb login`, or set "
@@ -204,9 +206,12 @@ def push(folder: RunFolder, project: str | None, entity: str | None) -> str:
         wandb_run = _init(folder, offline=False, **overrides)
     except wandb.errors.Error as error:
         raise UserError(f"WANDB_BASE_URL {_base_url()}: {str(error).splitlines()[0]}") from None
-    replay(wandb_run, folder, after=-1)
+    with boundary(f"{folder.root}: cannot be sent"):
+        replay(wandb_run, record, after=-1)
     where = wandb_run.url or f"offline; upload with: wandb sync {shlex.quote(str(Path(wandb_run.dir).parent))}"
-    wandb_run.finish(exit_code=int(folder.read_state()["status"] == "failed"))
+    wandb_run.finish(exit_code=int(record.state.get("status") == "failed"))
+    for problem in record.problems:
+        print(f"warning: cannot be read: {problem}", file=sys.stderr)
     return where
 
 

@@ -117,3 +117,43 @@ def test_a_page_is_drawn_again_over_itself(folder, tmp_path, capsys):
     assert "warning: cannot be read: state.json" in capsys.readouterr().err
     with pytest.raises(UserError, match="^--output .*no/folder"):
         report(folder, output=str(tmp_path / "no/folder/a.html"))
+
+
+def test_push_sends_what_can_be_read(folder, monkeypatch, capsys):
+    from lora_dist.tracking import wandb_run
+
+    sent = []
+    monkeypatch.setattr(wandb_run, "_init", lambda *args, **kwargs: sent.append(wandb_run._wandb_config(folder)) or W())
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    class W:
+        url = "https://a"
+        log = staticmethod(lambda values, step: sent.append(step))
+        finish = staticmethod(lambda exit_code: None)
+
+    monkeypatch.setattr(wandb_run, "_table", lambda samples, step: None)
+    folder.state.write_text("[]")
+    folder.config.write_bytes(b"\xff")
+    folder.append_lines(folder.metrics, [{"train/global_step": "x"}])
+    assert wandb_run.push(folder, None, None) == "https://a"
+    assert sent[0]["config"] == {} and sent[1:] == list(range(11))
+    said = capsys.readouterr().err
+    assert "cannot be read: state.json" in said and "cannot be read: metrics.jsonl: 1 of its lines" in said
+    folder.starts.write_text("null\n")
+    with pytest.raises(UserError, match="has no starts.jsonl"):
+        wandb_run.push(folder, None, None)
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, os.mkfifo])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"])
+def test_generate_of_any_adapter_is_one_line(tmp_path, name, content):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    good = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / "no"), "r": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(good))
+    (adapter / name).unlink(missing_ok=True)
+    content(adapter / name) if callable(content) else (adapter / name).write_bytes(content)
+    args = argparse.Namespace(adapter=str(adapter), prompt="a", bare=False, json=False, max_new_tokens=1)
+    with pytest.raises(UserError, match=f"^--adapter {adapter}: ") as raised:
+        commands.generate(args)
+    assert "\n" not in str(raised.value)
