@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from lora_dist.files import write_manifest
 from lora_dist.run.folder import RunFolder
 from tests.helpers.ranks import PATIENCE_S, fork_ranks
 
@@ -205,3 +208,27 @@ def test_what_changes_is_warned_of_or_refused(tmp_path):
     )  # fmt: skip
     assert code == 0
     assert "warning: threads was 1, is now 2: the bits may differ from this step on" in err
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_safety(tmp_path):
+    """Its manifest is right all the same. The refused starts leave the run as it was."""
+    folder = RunFolder(tmp_path / "run")
+    start(folder, kill_after=3, num_ranks=1)
+    checkpoint = folder.checkpoint(2)
+    optimizer, training_state = checkpoint / "optimizer.safetensors", checkpoint / "training_state.json"
+    moments, state, run_state = load_file(optimizer), training_state.read_text(), folder.state.read_bytes()
+    name = next(name for name in moments if name.startswith("exp_avg."))
+    for content, says in (
+        (moments | {name: moments[name][:1].clone()}, "of the optimizer is torch.float32 (1, "),
+        (moments, "progress.tokens_seen is -5 (ValueError); remove this checkpoint"),
+    ):
+        save_file(content, optimizer)
+        if content is moments:
+            training_state.write_text(re.sub(r'"tokens_seen": \d+', '"tokens_seen": -5', state, count=1))
+        write_manifest(checkpoint)
+        ((code, _, err),) = fork_ranks(*FLAGS, "--output_dir", str(folder.root), num_ranks=1)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert folder.state.read_bytes() == run_state
+    training_state.write_text(state)
+    write_manifest(checkpoint)
+    start(folder, num_ranks=1)
