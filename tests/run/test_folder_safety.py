@@ -148,7 +148,9 @@ def test_leftovers_of_a_kill_lose_only_what_is_ours(folder):
 )  # fmt: skip
 def test_any_manifest_is_whole_or_damaged(folder, tmp_path, manifest):
     path = add_checkpoint(folder, 2)
-    write(tmp_path, "secret")
+    write(tmp_path, "secret", text="ours")  # what it would hold is right
+    (path / "optimizer.safetensors").touch()
+    write_manifest(path)
     text = (path / MANIFEST).read_text()
     (path / MANIFEST).unlink()
     if manifest == "folder":
@@ -160,14 +162,14 @@ def test_any_manifest_is_whole_or_damaged(folder, tmp_path, manifest):
         (path / MANIFEST).write_text(text.replace("training_state.json", name))
     elif manifest == "entry is a pipe":
         (path / MANIFEST).write_text(text)
-        (path / "training_state.json").unlink()
-        os.mkfifo(path / "training_state.json")
+        (path / "optimizer.safetensors").unlink()
+        os.mkfifo(path / "optimizer.safetensors")
     else:
         (path / MANIFEST).write_text(manifest)
     assert not is_complete(path)
     assert folder.newest_whole_checkpoint() == (None, [path])
     folder.mark_damaged(path)
-    assert (tmp_path / "secret").read_text() == "precious"
+    assert (tmp_path / "secret").read_text() == "ours"
 
 
 def test_a_run_that_was_killed_before_its_state_can_begin(folder, config):
