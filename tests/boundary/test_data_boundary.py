@@ -14,7 +14,13 @@ TEXTS = [{"text": "one"}, {"text": "two\nlines"}, {"text": None}]
 PAIRS = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "x", "completion": "y", "id": 7}]
 INSTRUCTIONS = [{"instruction": "Add", "input": "1, 1", "output": "2"}]
 CHATS = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}]}]
-VALID = ["".join(json.dumps(row) + "\n" for row in rows).encode() for rows in (TEXTS, PAIRS, INSTRUCTIONS, CHATS)]
+
+
+def file_of(rows: list) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+VALID = [TEXTS, PAIRS, INSTRUCTIONS, CHATS]
 COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 
@@ -22,7 +28,25 @@ role = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt"]) 
 message = st.fixed_dictionaries({"role": role, "content": words | json_values})
 column = st.sampled_from(COLUMNS)
 row = st.dictionaries(column, words | json_values | st.lists(message, max_size=3), max_size=4)
-jsonl = st.lists(row | json_values, max_size=4).map(lambda rows: "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+
+@st.composite
+def changed_rows(draw) -> bytes:
+    """A valid file with another value in one column of its last row, or in one key of its last message."""
+    rows = json.loads(json.dumps(draw(st.sampled_from(VALID))))
+    place = rows[-1]
+    if "messages" in place and draw(st.booleans()):
+        place = place["messages"][-1]
+    place[draw(st.sampled_from(sorted(place)))] = draw(json_values)
+    return file_of(rows)
+
+
+data_files = st.one_of(
+    changed_rows(),
+    st.lists(row | json_values, max_size=4).map(file_of),
+    st.sampled_from(VALID).map(file_of).flatmap(mutations),
+    st.binary(max_size=100),
+)
 
 
 @pytest.fixture
@@ -45,4 +69,4 @@ def test_any_bytes_in_a_data_file(count, suffix, tmp_path, base):
         with answered(folder):
             prepare_rows(config, tokenizer)
 
-    holds(count, st.one_of(jsonl, st.sampled_from(VALID).flatmap(mutations), st.binary(max_size=100)), check)
+    holds(count, data_files, check)
