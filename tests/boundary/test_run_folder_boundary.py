@@ -10,12 +10,15 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
+from lora_dist.cluster.status import comparison, read_status
 from lora_dist.config import TrainConfig
 from lora_dist.files import MANIFEST, write_manifest
 from lora_dist.run import folder as run_folder_module
 from lora_dist.run.folder import STEP, RunFolder
 from lora_dist.run.resume import begin_or_resume
+from lora_dist.tracking.report import write_comparison, write_report
 from tests.helpers.properties import answered, counts, holds, json_values, mutations, words
+from tests.helpers.reported_runs import make_folder
 
 FACTS = {"num_ranks": 2, "micro_batches_per_step": 8, "mixed_precision": "bf16", "rows": "abc"}
 FILES = ["state.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "starts.jsonl"]
@@ -65,7 +68,7 @@ def changed(draw, content: bytes) -> bytes:
 
 def damaged(root: Path) -> st.SearchStrategy:
     """(name of a file in the folder, other content for it)."""
-    whole = {name: (root / name).read_bytes() for name in FILES}
+    whole = {name: (root / name).read_bytes() for name in FILES if (root / name).exists()}
     lines = st.lists(st.dictionaries(st.just(STEP) | words, json_values, max_size=3) | json_values, max_size=3)
     as_lines = lines.map(lambda values: b"".join(dumped(value) + b"\n" for value in values))
 
@@ -73,7 +76,7 @@ def damaged(root: Path) -> st.SearchStrategy:
         other = as_lines if name.endswith("l") and not name.endswith("yaml") else changed(whole[name])
         return st.one_of(other, other, mutations(whole[name]), st.binary(max_size=50), json_values.map(dumped))
 
-    return st.sampled_from(FILES).flatmap(lambda name: st.tuples(st.just(name), contents(name)))
+    return st.sampled_from(sorted(whole)).flatmap(lambda name: st.tuples(st.just(name), contents(name)))
 
 
 def with_damage(root: Path, check: Callable[[RunFolder], None]) -> Callable[[tuple[str, bytes]], None]:
@@ -108,3 +111,19 @@ def test_any_bytes_in_a_file_of_a_run_that_goes_on(count, from_checkpoint, run):
     without_summary = json.loads((root / "state.json").read_bytes())
     del without_summary["summary"]
     holds(count, damaged(root), with_damage(root, resume), ("state.json", dumped(without_summary)))
+
+
+@counts
+def test_any_bytes_in_a_file_of_a_run_that_is_shown(count, config, tmp_path):
+    folder = make_folder(tmp_path / "run", config)
+    other = make_folder(tmp_path / "other", config)
+
+    def show(folder: RunFolder) -> None:
+        status = read_status(folder.root)
+        status.text()
+        json.dumps(status.as_dict())
+        comparison([read_status(other.root), status])
+        write_report(folder)
+        write_comparison([folder, other], tmp_path / "comparison.html")
+
+    holds(count, damaged(folder.root), with_damage(folder.root, show))
