@@ -80,7 +80,7 @@ def train(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="lora-dist-") as folder, _rank_store(num_ranks) as store_env:
         error_files = [Path(folder) / f"rank-{rank}.json" for rank in range(num_ranks)]
         ranks: list[subprocess.Popen] = []
-        with _signals_passed_on(ranks) as received:
+        with _signals_passed_on(ranks) as received, _stopped_together(ranks):
             for rank, error_file in enumerate(error_files):
                 if received:
                     break
@@ -179,10 +179,29 @@ def _signals_passed_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _stopped_together(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    """Let Ctrl-Z stop the ranks too, and `fg` or `bg` continue them. They are in process groups of their own."""
+
+    def stop(number: int, frame) -> None:
+        for name in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(name)
+            if name == signal.SIGSTOP:
+                os.kill(os.getpid(), signal.SIGSTOP)  # returns when this process is continued
+
+    before = signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
 def wait_for_all(ranks: list[subprocess.Popen]) -> list[tuple[int, int]]:
     """(rank, exit code) in the order in which the ranks ended; the code is minus the signal that ended it.
 
-    If one fails, the others get GRACE_S to leave by themselves, then they are killed.
+    If one fails, the others are asked to stop: those that do not train yet end at once. After GRACE_S they are killed.
     """
     ended, codes, deadline = [], {}, None
     while len(ended) < len(ranks):
@@ -192,6 +211,9 @@ def wait_for_all(ranks: list[subprocess.Popen]) -> list[tuple[int, int]]:
                 ended.append((number, rank.returncode))
                 if rank.returncode and deadline is None:
                     deadline = time.monotonic() + GRACE_S
+                    for other in ranks:
+                        if other.poll() is None:
+                            other.terminate()
         if deadline and time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
@@ -205,10 +227,11 @@ def _exit_code(codes: list[tuple[int, int]], error_files: list[Path], received: 
     if not failed:
         return 128 + received[0] if not codes else 0  # asked to stop before any rank was started
     first, code = failed[0]
-    if code < 0 and -code not in received:
+    said = any(file.exists() for rank, file in enumerate(error_files) if rank != first)  # a rank named it already
+    if code < 0 and -code not in received and not said:
         name = signal.Signals(-code).name
         hint = " (the machine may have run out of memory)" if -code == signal.SIGKILL else ""
         print(f"error: rank {first} was ended by {name}{hint}", file=sys.stderr, flush=True)
-    elif dict(codes).get(0) == -signal.SIGKILL and error_files[first].exists():
+    elif dict(codes).get(0) in (-signal.SIGKILL, -signal.SIGTERM) and error_files[first].exists():
         print(json.loads(error_files[first].read_text())["message"]["message"], file=sys.stderr, flush=True)
     return next((code for _, code in failed if code > 0), 128 - code)

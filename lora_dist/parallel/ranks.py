@@ -5,6 +5,7 @@ as on the only rank of a group of one.
 """
 
 import datetime
+import errno
 import os
 import socket
 import sys
@@ -92,9 +93,13 @@ def check_same_on_all_ranks(values: dict[str, Any]) -> None:
             )
 
 
+def _is_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
 def keep_to_one_machine() -> None:
     """If all ranks are on one machine, let gloo listen on the loopback device only, so that nobody else can connect."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if _is_one_machine():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
@@ -115,7 +120,7 @@ def start_ranks(mixed_precision: str | None = None) -> "Accelerator":
     for engine in ("DEEPSPEED", "MEGATRON_LM"):  # lora-dist starts these itself, not accelerate
         os.environ.pop(f"ACCELERATE_USE_{engine}", None)
     keep_to_one_machine()
-    _meet_after_restart(on_gpu)
+    _meet(on_gpu)
     patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)
     # Without cpu=True accelerate trains N separate copies if there is no GPU.
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
@@ -130,20 +135,47 @@ def start_ranks(mixed_precision: str | None = None) -> "Accelerator":
     return accelerator
 
 
-def _meet_after_restart(on_gpu: bool) -> None:
-    """Give ranks that torchrun has restarted new names in its store.
+def _meet(on_gpu: bool) -> None:
+    """Start the process group where torch's own way would listen too widely, or find a dead rank.
 
-    The store outlives the ranks, and torch 2.13 uses the same names in it for every attempt, so a rank may find the
-    address of a dead one ("Gloo connectFullMesh failed").
+    - torch 2.13 lets rank 0's store listen on all interfaces. Here it listens on the loopback device, or, if there are
+      several machines, on the interface of MASTER_ADDR. The store of torchrun's own process is not ours to open.
+    - That store outlives ranks that torchrun restarts, and torch uses the same names in it for every attempt, so a rank
+      may find the address of a dead one ("Gloo connectFullMesh failed"). Here each attempt has its own names.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if "RANK" not in os.environ or dist.is_initialized() or world_size() == 1:
         return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt, host = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["MASTER_ADDR"]
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if attempt == "0":
+            return
+        store = dist.TCPStore(host, port, is_master=False)
+    else:
+        host = "127.0.0.1" if _is_one_machine() else host
+        listener = _listener(host, port) if rank == 0 else None
+        listen = {"master_listen_fd": listener.detach()} if listener else {}
+        store = dist.TCPStore(
+            host, port, is_master=rank == 0, wait_for_workers=False, timeout=MEETING_TIMEOUT, **listen
+        )  # fmt: skip
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), timeout=MEETING_TIMEOUT,
-        rank=int(os.environ["RANK"]), world_size=world_size(),
+        rank=rank, world_size=world_size(),
     )  # fmt: skip
+
+
+def _listener(host: str, port: int) -> socket.socket | None:
+    """A socket that listens on this address only; None if this machine has no such address, for example behind NAT.
+
+    Raises UserError if the port is taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"MASTER_PORT {port}: another process listens on it; give another port") from None
+        return None
 
 
 def leave_ranks() -> None:

@@ -12,7 +12,6 @@ process has one main thread, so these reports are kept per process and the code 
 import contextlib
 import datetime
 import faulthandler
-import json
 import os
 import re
 import socket
@@ -25,14 +24,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from lora_dist.boundary import one_line
+from lora_dist.entry import tell_launcher
 from lora_dist.errors import RunFailed, UserError
-from lora_dist.parallel.ranks import gather, this_rank
+from lora_dist.parallel.ranks import from_rank_0, gather, this_rank
 from lora_dist.run.folder import RunFolder
+from lora_dist.run.signed_store import SignedStore
 
 INTERVAL_S = 1.0  # between two signs of life
 PACKAGE = Path(__file__).parents[1]
 # All ranks usually raise a one-line error at the same time and end by themselves; the watchdog waits this long for it.
-PATIENCE_S = 5.0
+PATIENCE_S = 1.0
 _COLLECTIVE = re.compile("gloo|nccl|connection|broken pipe", re.IGNORECASE)
 
 
@@ -88,7 +90,8 @@ class Verdict:
 def start_watchdog(folder: RunFolder, *, rank_timeout_s: float, step_timeout_s: float) -> "Watchdog":
     """Start to watch the other ranks and this one's progress, in a thread. Collective."""
     ranks = gather((socket.gethostname(), os.getpid()))
-    return Watchdog(folder, ranks, rank_timeout_s=rank_timeout_s, step_timeout_s=step_timeout_s)
+    secret = from_rank_0(os.urandom(32))  # over the ranks' own connections, not through the store
+    return Watchdog(folder, ranks, secret, rank_timeout_s=rank_timeout_s, step_timeout_s=step_timeout_s)
 
 
 class Watchdog:
@@ -98,7 +101,13 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: RunFolder, ranks: list[tuple[str, int]], *, rank_timeout_s: float, step_timeout_s: float
+        self,
+        folder: RunFolder,
+        ranks: list[tuple[str, int]],
+        secret: bytes,
+        *,
+        rank_timeout_s: float,
+        step_timeout_s: float,
     ):
         self.folder, self.rank_timeout_s, self.step_timeout_s = folder, rank_timeout_s, step_timeout_s
         self.rank, self.hosts = this_rank(), [host for host, _ in ranks]
@@ -106,8 +115,10 @@ class Watchdog:
         # The other ranks of this machine. A rank in another process namespace cannot be looked up here.
         self._neighbours = {r: pid for r, pid in local.items() if _is_alive(pid)}
         # A clone, because the store's own connection is busy while a collective waits in it.
-        self._store = dist.distributed_c10d._get_default_store().clone() if dist.is_initialized() else None
-        self._last_sign = "", time.monotonic()  # the next rank's, and when it was first seen
+        store = dist.distributed_c10d._get_default_store().clone() if dist.is_initialized() else None
+        self._store = SignedStore(store, secret) if store else None
+        self._last_sign = -1.0, time.monotonic()  # time of the next rank's last sign, and when it was first seen
+        self._launcher, self._said_gone, self._checked_s = os.getppid(), False, time.monotonic()
         # If the store dies with rank 0, each later request writes a C++ backtrace to stderr, so none must be made.
         self._store_is_of_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._stopped = threading.Event()
@@ -121,9 +132,11 @@ class Watchdog:
         if not self._store or self._store_is_gone():
             return
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"left/{self.rank}", "1")
+            self._store.set(f"left/{self.rank}", True)
             if done and self.rank == 0 and self._store_is_of_rank_0:  # the others still need the store
-                self._store.wait([f"left/{rank}" for rank in range(len(self.hosts))], datetime.timedelta(seconds=10))
+                self._store.store.wait(
+                    [f"left/{rank}" for rank in range(len(self.hosts))], datetime.timedelta(seconds=10)
+                )
 
     def explain(self, error: BaseException) -> None:
         """Tell the other ranks why this one fails. Does not return if another rank is the cause.
@@ -152,8 +165,17 @@ class Watchdog:
         return line + f"; start again with --output_dir {self.folder.root} to continue from its newest checkpoint"
 
     def _watch(self) -> None:
-        """The thread: once a second, find out whether this rank must end."""
+        """The thread. If it fails itself, the run ends: without it, a fault of another rank would be waited for."""
+        try:
+            self._check_each_second()
+        except BaseException as error:
+            why = f"the watchdog of rank {self.rank} failed ({one_line(error)}); last completed step: {_report.step}"
+            self._leave(Verdict(f"error: {why}", speaker=self.rank))
+
+    def _check_each_second(self) -> None:
+        """Find out whether this rank must end."""
         while not self._stopped.wait(INTERVAL_S):
+            self._forgive_a_pause()
             try:
                 verdict = self._check()
             except RuntimeError as error:  # the store does not answer
@@ -170,13 +192,13 @@ class Watchdog:
         """Give a sign of life; return the reason to end, if there is one. Raises RuntimeError if the store is gone."""
         if verdict := self._gone_neighbour():
             return self._publish(verdict)
-        if self._store:
+        if self._store and not self._store_is_gone():
             sign = {"time": time.monotonic(), "waits": _waits_for_others(), "where": _where()}
-            self._store.set(f"sign/{self.rank}", json.dumps(sign))
+            self._store.set(f"sign/{self.rank}", sign)
             if verdict := self._silent_rank():
                 return self._publish(verdict)
-            if self._store.check(["verdict"]):
-                return Verdict(**json.loads(self._store.get("verdict")))
+            if verdict := self._store.get("verdict"):
+                return Verdict(**verdict)
         time_s = _report.time_s
         if self.step_timeout_s and time_s and time.monotonic() - time_s > self.step_timeout_s:
             return self._publish(self._stall())
@@ -197,32 +219,53 @@ class Watchdog:
     def _silent_rank(self) -> Verdict | None:
         """A verdict if the next rank gave no sign of life for too long."""
         rank, now = (self.rank + 1) % dist.get_world_size(), time.monotonic()
-        sign = self._store.get(f"sign/{rank}").decode() if self._store.check([f"sign/{rank}"]) else ""
+        sign = (self._store.get(f"sign/{rank}") or {"time": -1.0})["time"]
         last, seen_s = self._last_sign
-        if sign != last:
+        if sign > last:  # an old sign that somebody repeats is none
             self._last_sign = sign, now
         elif now - seen_s > self.rank_timeout_s and not self._has_left(rank):
             what = f"gave no sign of life for {now - seen_s:.0f} s"
             return Verdict(self._line(rank, what), speaker=self.rank if rank == 0 else 0, rank_lost=True)
         return None
 
+    def _launcher_is_gone(self) -> bool:
+        """True if torchrun, accelerate or lora-dist train, which started this rank, is dead. Rank 0 says it once."""
+        if os.getppid() == self._launcher:
+            return False
+        if self.rank == 0 and not self._said_gone:
+            self._said_gone = True
+            what = f"the launcher (process {self._launcher}) is gone"
+            print(f"warning: {what}; the ranks save and leave after this step", file=sys.stderr, flush=True)
+        return True
+
     def _has_left(self, rank: int) -> bool:
         """True if the rank said that it leaves on purpose."""
         if self._store_is_gone():
             return False
         try:
-            return self._store.check([f"left/{rank}"])
+            return bool(self._store.get(f"left/{rank}"))
         except RuntimeError:
             return False
 
+    def _forgive_a_pause(self) -> None:
+        """After Ctrl-Z and `fg` all ranks were silent: that is no fault of theirs."""
+        now = time.monotonic()
+        paused_s, self._checked_s = now - self._checked_s - INTERVAL_S, now
+        if paused_s > 5 * INTERVAL_S:
+            self._last_sign = self._last_sign[0], self._last_sign[1] + paused_s
+            report_activity()
+
     def _store_is_gone(self) -> bool:
-        return self._store_is_of_rank_0 and 0 in self._neighbours and not _is_alive(self._neighbours[0])
+        """True if the process that holds the store is dead: a request would write C++ frames to stderr."""
+        if not self._store_is_of_rank_0:
+            return self._launcher_is_gone()
+        return 0 in self._neighbours and not _is_alive(self._neighbours[0])
 
     def _stall(self) -> Verdict:
         """The verdict that names the ranks that do not wait for others: they are the cause of the stall."""
         signs = [{"waits": _waits_for_others(), "where": _where()}]
         if self._store:
-            signs = [json.loads(self._store.get(f"sign/{rank}")) for rank in range(len(self.hosts))]
+            signs = [self._store.get(f"sign/{rank}") or signs[0] for rank in range(len(self.hosts))]
         busy = [rank for rank, sign in enumerate(signs) if not sign["waits"]]
         blamed = ", ".join(f"rank {rank} ({self.hosts[rank]}) in {signs[rank]['where']}" for rank in busy[:4])
         line = f"step {_report.step + 1} stalled: no progress for {self.step_timeout_s:.0f} s ({_report.doing}); "
@@ -233,7 +276,7 @@ class Watchdog:
         """Make a verdict known to all ranks; returns the one that was published first."""
         if not self._store or self._store_is_gone():
             return verdict
-        return Verdict(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))))
+        return Verdict(**self._store.set_first("verdict", asdict(verdict)))
 
     def _leave(self, verdict: Verdict) -> None:
         """End this process, and record why."""
@@ -250,6 +293,7 @@ class Watchdog:
         if self.rank == verdict.speaker:
             print(verdict.line, file=sys.stderr, flush=True)
             refused = verdict.exit_code == 2
+            tell_launcher(verdict.line)
             self.folder.record_failure(verdict.line, rank_lost=verdict.rank_lost, refused=refused)
         sys.stdout.flush()
         os._exit(verdict.exit_code)

@@ -33,11 +33,12 @@ def train(run: Run) -> None:
 
     Returns early, with a checkpoint saved, if the run is asked to stop. Raises RunFailed if it cannot go on.
     """
+    signals.begin_training()
     start(run)
     saver = Saver(run)
     line = ProgressLine(run.training.num_steps, run.progress.step, shown=run.is_main)
     profiler = StepProfiler(run.config.profile_steps, run.folder, run.accelerator.process_index)
-    stopped = any_rank(signals.stop_asked(), run.device)  # while it was loading
+    stopped = any_rank(signals.stop_asked(), run.device)  # by SIGUSR1, while it was loading
     if not stopped:
         evaluate_if_due(run)
     while not run.is_complete and not stopped:

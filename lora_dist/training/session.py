@@ -12,6 +12,7 @@ from importlib.metadata import version
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from lora_dist import signals
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
@@ -101,6 +102,8 @@ def joined_run(
     try:
         check_same_on_all_ranks(what_must_be_the_same(config, launch, data))
         folder = _open_run_folder(accelerator, config, recipe, launch, data)
+        if accelerator.is_main_process:
+            signals.call_before_leaving(partial(folder.write_state, "preempted", folder.step))
         timeouts = {"rank_timeout_s": config.rank_timeout_s, "step_timeout_s": config.step_timeout_s}
         watchdog = start_watchdog(folder, **timeouts)
         yield accelerator, folder

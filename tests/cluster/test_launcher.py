@@ -202,7 +202,8 @@ def test_ranks_are_asked_to_stop_if_the_launcher_is_killed(recipe, tmp_path):
     process.wait()
     wait_for([tmp_path / "got0", tmp_path / "got1"])
     time.sleep(0.1)
-    assert json.loads((tmp_path / "got0").read_text()) == [signal.SIGTERM]
+    # The kernel sends it once for each thread of the launcher that ends later: once or twice was seen.
+    assert set(json.loads((tmp_path / "got0").read_text())) == {signal.SIGTERM}
 
 
 def test_bad_input_found_by_the_ranks_is_one_line(tmp_path):

@@ -127,10 +127,19 @@ def test_a_signal_to_one_rank_stops_all_after_a_step(signalled_rank, tmp_path):
     assert "preempted: saved" in outputs[0][0]
 
 
-def test_a_signal_while_loading_is_not_lost(tmp_path):
+def test_a_signal_while_loading_ends_the_process_at_once_and_begins_nothing(tmp_path):
     process = start_rank(0, "--output_dir", str(tmp_path / "run"), "--report_to", "none", num_ranks=1)
     time.sleep(1.5)  # in the middle of the imports
     process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out, err) == (-signal.SIGTERM, "", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurms_signal_while_loading_is_not_lost(tmp_path):
+    process = start_rank(0, "--output_dir", str(tmp_path / "run"), "--report_to", "none", num_ranks=1)
+    time.sleep(1.5)  # in the middle of the imports
+    process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     state = json.loads((tmp_path / "run" / "state.json").read_text())
