@@ -67,7 +67,8 @@ def end_process(work: Callable[[], int | None]) -> None:
     The exit code is the one that `work` returns, if it returns one; 0 if not; 2 for bad input and 1 for a run that
     cannot go on, both with one line from rank 0.
     """
-    code, is_rank_0 = 0, os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    code, is_rank_0 = 0, rank == "0" or not rank.isdecimal()  # what is wrong with RANK has to be said too
     try:
         code = work() or 0
     except NothingToDo as reason:

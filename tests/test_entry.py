@@ -43,3 +43,32 @@ def test_only_rank_0_prints_but_every_rank_tells_its_launcher(tmp_path):
 def test_a_folder_of_the_error_file_that_is_gone_costs_nothing(tmp_path):
     done = end("raise UserError('--x 1: no')", TORCHELASTIC_ERROR_FILE=str(tmp_path / "gone/error.json"))
     assert (done.returncode, done.stderr) == (2, "error: --x 1: no\n")
+
+
+def test_a_command_whose_reader_is_gone_ends_without_a_word():
+    """As in `lora-dist status | head -1`."""
+    code = (
+        "from lora_dist.entry import end_process\ndef work():\n    for i in range(100_000): print(i)\nend_process(work)"
+    )
+    command = f"exec 3>&1; {{ '{sys.executable}' -c '{code}'; echo $? >&3; }} | head -1 >/dev/null"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_training_whose_reader_is_gone_goes_on(tmp_path):
+    code = f"""import sys
+from lora_dist.entry import end_process, go_on_without_reader
+go_on_without_reader()
+def work():
+    for i in range(100_000): print(i)
+    print("not read either", file=sys.stderr)
+    open("{tmp_path}/end", "w").write("done")
+end_process(work)"""
+    command = f"exec 3>&1; {{ '{sys.executable}' -c '{code}'; echo $? >&3; }} 2>&1 | head -1 >/dev/null"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, (tmp_path / "end").read_text()) == ("0\n", "", "done")
+
+
+def test_a_rank_that_is_no_number_still_says_what_is_wrong():
+    done = end("raise UserError('RANK x: must be a whole number')", RANK="x")
+    assert (done.returncode, done.stderr) == (2, "error: RANK x: must be a whole number\n")

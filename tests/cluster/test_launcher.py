@@ -14,7 +14,8 @@ from lora_dist.cluster import launcher
 from lora_dist.cluster.launcher import TrainCommand, plan_ranks, read_command, train
 from lora_dist.environment import shipped
 from lora_dist.errors import UserError
-from tests.helpers.ranks import BIN, PATIENCE_S, ROOT
+from lora_dist.run.folder import RunFolder
+from tests.helpers.ranks import BIN, PATIENCE_S, ROOT, wait_for_step
 
 # A recipe that trains nothing: each rank runs BODY.
 RECIPE = """
@@ -206,6 +207,55 @@ def test_ranks_are_asked_to_stop_if_the_launcher_is_killed(recipe, tmp_path):
     assert set(json.loads((tmp_path / "got0").read_text())) == {signal.SIGTERM}
 
 
+TICK = """import itertools
+for i in itertools.count():
+    (FOLDER / f"tick{rank}").write_text(str(i))
+    if (FOLDER / "end").exists(): break
+    time.sleep(0.02)"""
+
+
+def test_ctrl_z_stops_the_ranks_too(recipe, tmp_path):
+    def ticks() -> list[str]:
+        return [(tmp_path / f"tick{rank}").read_text() for rank in range(2)]
+
+    process = start(recipe(TICK), stderr=subprocess.PIPE)
+    wait_for([tmp_path / "tick0", tmp_path / "tick1"])
+    process.send_signal(signal.SIGTSTP)  # as a terminal sends it: to the launcher's group, in which no rank is
+    assert os.waitpid(process.pid, os.WUNTRACED)[1] == signal.SIGSTOP << 8 | 0x7F
+    stopped = ticks()
+    time.sleep(0.3)
+    assert ticks() == stopped
+    process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(now and now != then for now, then in zip(ticks(), stopped, strict=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (tmp_path / "end").touch()
+    _, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("launcher", ["lora-dist", "torchrun"])
+def test_a_run_whose_launcher_is_killed_saves_and_leaves(tmp_path, launcher):
+    run = RunFolder(tmp_path / "run")
+    words = ["train", "opt_quotes"] if launcher == "lora-dist" else ["--nproc_per_node", "2", "recipes/opt_quotes.py"]
+    flags = ["--max_steps", "100000", "--max_length", "32", "--output_dir", str(run.root), "--report_to", "none",
+             "--save_steps", "0", "--eval_fraction", "0", "--dataset_test_split", "none"]  # fmt: skip
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen([f"{BIN}/{launcher}", *words, *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=err)  # fmt: skip
+        wait_for_step(run, 2)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while run.read_state()["status"] != "preempted":
+        assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+    assert run.newest_whole_checkpoint()[0] is not None
+    said = (tmp_path / "err").read_text()
+    assert said.count(f"warning: the launcher (process {process.pid}) is gone") <= 1 and "frame #" not in said, said
+
+
 def test_bad_input_found_by_the_ranks_is_one_line(tmp_path):
     process = start("opt_quotes", "--dataset_text_field", "txt", "--output_dir", str(tmp_path / "run"),
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -226,3 +276,22 @@ def test_a_run_ends_with_its_adapter_and_what_to_do_next(tmp_path):
     assert last[3] == f"try it: lora-dist generate --adapter {run}/adapter 'Two things are infinite: '"
     card = (run / "adapter/README.md").read_text()
     assert card.startswith("---\n") and "| steps | 2 |" in card and "More Information Needed" not in card
+
+
+REFUSED_ON_RANK_1 = """import datetime
+def main(config):
+    if rank == 1: raise lora_dist.UserError("--dataset_name x: no such file")
+    from lora_dist.parallel.ranks import start_ranks
+    start_ranks()
+lora_dist.run_recipe(main, CONFIG, gpu=GPU, embedded=EMBEDDED, description="")"""
+
+
+@pytest.mark.parametrize("launcher", ["lora-dist", "torchrun"])
+def test_a_rank_that_is_refused_alone_takes_those_along_that_wait_for_it(recipe, launcher):
+    """torchrun gives ranks 30 s to leave after a SIGTERM; ours must not need them."""
+    words = ["train", "--num_processes", "3"] if launcher == "lora-dist" else ["--nproc_per_node", "3"]
+    done = subprocess.run([f"{BIN}/{launcher}", *words, recipe(REFUSED_ON_RANK_1)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=PATIENCE_S)  # fmt: skip
+    assert done.returncode == (2 if launcher == "lora-dist" else 1)
+    assert "error: --dataset_name x: no such file" in done.stderr
+    assert "SIGKILL" not in done.stderr  # which torchrun sends, and says so, after the 30 s
