@@ -35,6 +35,8 @@ def boundary(what: str, hint: str = "") -> Iterator[None]:
 
 def one_line(error: BaseException, max_chars: int = 300) -> str:
     """The error's type and text in one line without control characters, shortened to about `max_chars`."""
+    if isinstance(error, OSError) and error.strerror:  # clear without its type and number
+        return in_one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, max_chars)
     text = in_one_line(" ".join(str(error).split()), max_chars)
     name = type(error).__name__
     return f"{text} ({name})" if text else name

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,23 +52,35 @@ def remove_ours(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return left
 
 
+QUIET_S = 10.0  # a process that waits for a lock no longer than that does not say so
+
+
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Keep other processes out of the block; if one is in it, say `waiting` on stderr, and wait for it.
+    """Keep other processes out of the block; if one is in it for long, say `waiting` on stderr; wait for it.
 
     It is the kernel's lock on the file `path`, which is created: it ends with its process. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + QUIET_S
+        while not (held := _try_lock(descriptor)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not held:
             print(f"{waiting}: {path}", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def remove_files(paths: Iterable[Path]) -> None:

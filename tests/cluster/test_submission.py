@@ -61,8 +61,8 @@ def test_a_pipeline_is_as_long_as_there_are_ranks(tmp_path):
 
 
 def test_the_job_holds_copies_of_all_that_the_checkout_could_change(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("WANDB_API_KEY", "wandb_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_Sentinel")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb_Sentinel")
     recipe, template = tmp_path / "mine.py", tmp_path / "chat.jinja"
     recipe.write_text((ROOT / "recipes/opt_quotes.py").read_text())
     (tmp_path / "helper.py").write_text("# beside it\n")
@@ -94,7 +94,7 @@ def test_the_job_holds_copies_of_all_that_the_checkout_could_change(tmp_path, mo
     assert sourced.stdout == f"true {job}/deepspeed.json\n"
 
     everything = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
-    assert b"_secret" not in everything
+    assert b"_Sentinel" not in everything
 
 
 def test_with_gpus_it_is_the_recipes_base_and_data_of_a_gpu(tmp_path):

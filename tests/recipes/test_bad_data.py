@@ -101,13 +101,13 @@ CASES = {
         "d.jsonl",
         lines({"messages": CHAT}),
         ["--chat_template", "no.jinja"],
-        ["no.jinja: cannot be read"],
+        ["--chat_template no.jinja: No such file or directory"],
     ),
     "messages without roles": (
         "d.jsonl",
         lines({"messages": CHAT}, {"messages": [{"text": "hi"}]}),
         ["--chat_template", "TEMPLATE"],
-        ["line 2: message 1 of messages needs a role"],
+        ["line 2: message 1 of messages has no role"],
     ),
     "a chat that the template refuses": (
         "d.jsonl",

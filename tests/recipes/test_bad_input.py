@@ -146,7 +146,7 @@ def test_one_line_from_rank_0_and_exit_code_2_on_both(case, tmp_path):
 def test_every_recipe_refuses_a_chat_template_that_is_not_there(recipe, tmp_path):
     flags = ("--output_dir", str(tmp_path / "run"), "--chat_template", "/nonexistent.jinja")
     ended = fork_ranks(*flags, recipe=recipe)
-    assert_refused(ended, ["--chat_template /nonexistent.jinja: cannot be read"])
+    assert_refused(ended, ["--chat_template /nonexistent.jinja: No such file or directory"])
     assert not (tmp_path / "run").exists()
 
 
