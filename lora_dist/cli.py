@@ -9,10 +9,12 @@ from functools import partial
 
 import lora_dist
 from lora_dist.cluster.slurm import FLAGS, SlurmOptions
+from lora_dist.config import Bounds, check_project, check_text
 from lora_dist.entry import end_process
-from lora_dist.errors import UserError, did_you_mean
+from lora_dist.errors import UserError, did_you_mean, require
 
 # The commands whose words after the recipe, or all of them, are the settings of a recipe.
+MAX_NEW_TOKENS = Bounds(1, 1_000_000, "tokens")
 READ_RECIPE_FLAGS = ("doctor", "prepare", "submit", "train")
 EPILOG = """\
 start here:
@@ -68,10 +70,24 @@ def run(words: list[str]) -> int | None:
         if name in ("prepare", "submit"):
             rest, recipe = _split_at_recipe(rest, commands.choices[name])
         args, unknown = parser.parse_known_args([name, *rest])
+        _check_values(args)
         args.unknown, args.recipe, args.words = unknown, recipe, words
     if unknown and name not in READ_RECIPE_FLAGS:
         raise UserError(f"{unknown[0]}: one word too many for lora-dist {name}; see lora-dist {name} --help")
     return getattr(importlib.import_module("lora_dist.commands"), name)(args)
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Raises UserError for a value that is no text of one line, or a number out of its bounds."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(f"--{FLAGS.get(name, name)}", text, many_lines=name == "prompt")
+    if "max_new_tokens" in args:
+        fits = MAX_NEW_TOKENS.hold(args.max_new_tokens)
+        require(fits, "max_new_tokens", args.max_new_tokens, f"must be {MAX_NEW_TOKENS}")
+    if "project" in args and args.project is not None:
+        check_project("--project", args.project)
 
 
 def _split_at_recipe(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_dist.errors import did_you_mean, require
+from lora_dist.errors import MAX_VALUE_CHARS, UserError, did_you_mean, in_one_line, require
 
 # accelerate's trackers that may be named beside Weights & Biases; each needs its package.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
 
 MAX_TEXT_CHARS = 4096  # of a name or a path; Linux takes no longer path
-MAX_PROMPT_CHARS = 100_000
+MAX_PROMPT_CHARS = 100_000  # also of the names of many data files
 MAX_STEPS = 10_000_000
 MAX_TOKENS = 2**30  # of a rank and step, if every row is as long as --max_length
 WEEK_S = 7 * 24 * 3600
@@ -78,27 +78,42 @@ def _check_value(name: str, value, annotation, bounds: Bounds | None) -> None:
     elif list[str] in kinds or annotation == list[str]:
         require(isinstance(value, list), name, value, "must be a list of words")
         for word in value:
-            _check_text(name, word)
+            check_text(f"--{name}", word)
             require(not word.startswith("-"), name, word, "must not start with a dash: it would be read as a flag")
     elif str in kinds:
-        _check_text(name, value)
+        many_files = name == "dataset_name" and isinstance(value, str) and " " in value
+        most = MAX_PROMPT_CHARS if name == "sample_prompt" or many_files else MAX_TEXT_CHARS
+        check_text(f"--{name}", value, most=most, many_lines=name == "sample_prompt")
     else:  # Literal
         require(value in kinds, name, value, f"must be one of {', '.join(kinds)}")
 
 
-def _check_text(name: str, text) -> None:
-    """Raises UserError unless it is text that can be a name: not empty, not too long, and in one line."""
-    require(isinstance(text, str), name, text, "must be text")
-    require(text != "--", name, text, "must not be two dashes: argparse leaves them out")
-    most = MAX_PROMPT_CHARS if name == "sample_prompt" else MAX_TEXT_CHARS
-    require(len(text) <= most, name, text, f"has {len(text):,} characters; it must have at most {most:,}")
-    if name == "sample_prompt":  # a text, which may have several lines
-        broken = next((c for c in text if unicodedata.category(c) == "Cs" or c == "\0"), None)
-    else:
-        require(text.strip(), name, repr(text), "is empty; give a value, or leave it out")
-        broken = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
-    what = "bytes that are not UTF-8" if str(broken) >= "\ud800" else f"the character {broken!r}"
-    require(broken is None, name, text, f"has {what}; leave it out")
+def check_text(what: str, text, *, most: int = MAX_TEXT_CHARS, many_lines: bool = False) -> None:
+    """Raises UserError unless it is text that can be a name: not empty, not too long, and in one line.
+
+    `what` names it in the error: "--output_dir". With `many_lines`, it may also be empty or have several lines.
+    """
+
+    def check(condition, rule: str) -> None:
+        if not condition:
+            raise UserError(f"{what} {in_one_line(text, MAX_VALUE_CHARS)}: {rule}")
+
+    check(isinstance(text, str), "must be text")
+    check(text != "--", "must not be two dashes: argparse leaves them out")
+    check(len(text) <= most, f"has {len(text):,} characters; it must have at most {most:,}")
+    check(text.strip() or many_lines, "is empty; give a value, or leave it out")
+    kinds = ("Cs",) if many_lines else ("Cc", "Cs", "Zl", "Zp")
+    broken = next((c for c in text if unicodedata.category(c) in kinds or c == "\0"), None)
+    found = "bytes that are not UTF-8" if str(broken) >= "\ud800" else f"the character {broken!r}"
+    check(broken is None, f"has {found}; leave it out")
+
+
+def check_project(what: str, name: str) -> None:
+    """Raises UserError unless it can be the name of a Weights & Biases project."""
+    check_text(what, name, most=128)
+    odd = sorted(set(name) & set("/\\#?%:"))
+    if odd:
+        raise UserError(f"{what} {name}: has {' '.join(odd)}, which no project of Weights & Biases may have")
 
 
 @dataclass(frozen=True)

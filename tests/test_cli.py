@@ -166,3 +166,20 @@ def test_boundary_any_words_are_taken_or_refused_with_one_line(command, monkeypa
             assert str(error) and "argument " not in str(error), words
     assert taken or command == "status"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["generate", "--adapter", "a", "--max_new_tokens", "0", "x"], "--max_new_tokens 0: must be 1 or more"),
+        (["generate", "--adapter", "a", "--max_new_tokens", "100000000", "x"], "--max_new_tokens 100000000: must be"),
+        (["generate", "--adapter", "", "x"], "--adapter : is empty; give a value, or leave it out"),
+        (["dashboard", "--entity", "me", "--project", "a/b"], "--project a/b: has /, which no project of Weights"),
+        (["dashboard", "--entity", "two\nlines"], "--entity two lines: has the character '\\n'"),
+        (["push", "runs/a", "--project", "x" * 200], "--project " + "x" * 130),
+        (["report", "a", "nul\0"], "--run_folders nul : has the character '\\x00'"),
+        (["quantize", "m", "--output_dir", "x" * 10_000], "--output_dir xxx"),
+    ],
+)
+def test_boundary_values_of_commands(words, line):
+    assert refusal(*words).startswith(line)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dist.cluster.recipe import find_config_file, find_recipe, launcher_env, load_recipe, read_config_file
+from lora_dist.config import Bounds
 from lora_dist.entry import LAUNCHER_PID
 from lora_dist.environment import shipped
 from lora_dist.errors import UserError, require
@@ -21,6 +23,7 @@ from lora_dist.flags import parse_config
 from lora_dist.signals import SIGNALS
 
 NUM_CPU_RANKS = 2  # if there is no GPU
+RANKS_HERE = Bounds(1, 1024, "ranks")  # on one machine
 # Time for the other ranks to leave by themselves after one has failed: the watchdog needs up to 10 s of it.
 GRACE_S = 15.0
 POLL_S = 0.05
@@ -60,8 +63,8 @@ def read_command(words: list[str]) -> TrainCommand:
         raise UserError(f"{recipe}: comes before the recipe; the command is lora-dist train RECIPE [--SETTING VALUE]")
     num_processes = options["--num_processes"]
     if num_processes is not None:
-        valid = num_processes.isdecimal() and int(num_processes) > 0
-        require(valid, "num_processes", num_processes, "must be a whole number, 1 or more")
+        valid = re.fullmatch("[0-9]{1,9}", num_processes) and RANKS_HERE.hold(int(num_processes))
+        require(valid, "num_processes", num_processes, f"must be a whole number, {RANKS_HERE}")
         num_processes = int(num_processes)
     if options["--config_file"]:
         read_config_file(find_config_file(options["--config_file"]))
@@ -109,6 +112,9 @@ def plan_ranks(command: TrainCommand) -> tuple[int, Path]:
         require(num_machines == 1, "config_file", f"{config_file}: num_machines: {num_machines}", why)
         if num_ranks is None:
             num_ranks = _num_ranks_of(settings, config_file, num_gpus)
+            valid = type(num_ranks) is int and RANKS_HERE.hold(num_ranks)
+            why = f"must be a whole number, {RANKS_HERE}"
+            require(valid, "config_file", f"{config_file}: num_processes: {num_ranks}", why)
     why = f"this machine has {num_gpus} GPU(s); give {num_gpus} or less, or CUDA_VISIBLE_DEVICES= to use the CPU"
     require(not num_gpus or num_ranks <= num_gpus, "num_processes", num_ranks, why)
     return num_ranks, config_file

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import get_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_dist.config import TrainConfig, check_warmup
+from lora_dist.config import TrainConfig, check_project, check_text, check_warmup
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.packing import check_packing
 from lora_dist.data.rows import PreparedData, Rows, RowStream
@@ -60,6 +60,10 @@ def check_names(config: TrainConfig) -> None:
     why = "no hub token here; log in with `hf auth login`, or set HF_TOKEN"
     require(not pushes or get_token(), "push_to_hub", True, why)
     check_first_adapter(config)
+    if "wandb" in config.report_to.split(","):
+        for variable in {"WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY"} & os.environ.keys():
+            check = check_project if variable == "WANDB_PROJECT" else check_text
+            check(variable, os.environ[variable])
     load_model_config(config.model_name_or_path)
 
 

@@ -10,7 +10,9 @@ import yaml
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from lora_dist import cli, commands
 from lora_dist.boundary import read_json, read_yaml_settings
+from lora_dist.cluster.launcher import read_command
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.flags import as_flags, parse_config
@@ -47,6 +49,33 @@ def test_any_words_on_the_command_line(count, tmp_path, monkeypatch):
 
     argv = st.lists(flags, max_size=3).map(lambda found: [word for words in found for word in words])
     holds(count, argv, check, ["--sample_prompt=--"])
+
+
+@counts
+def test_any_words_after_a_command(count, tmp_path, monkeypatch):
+    """The commands themselves do nothing here, except that `train` reads its words."""
+    monkeypatch.chdir(tmp_path)
+    _, parsers = cli.build_parser()
+    for name in parsers.choices:
+        monkeypatch.setattr(commands, name, lambda args: None)
+    monkeypatch.setattr(commands, "train", lambda args: read_command(args.words))
+    flags_of = {
+        name: [f for a in parser._actions for f in a.option_strings] for name, parser in parsers.choices.items()
+    }
+
+    def after(name: str) -> st.SearchStrategy:
+        flag = st.sampled_from([*flags_of[name], "--num_processes", "--config_file"])
+        joined = st.tuples(flag, words).map("=".join)
+        return st.lists(flag | joined | words | st.just("sft"), max_size=5).map(lambda found: [name, *found])
+
+    def check(argv):
+        with answered(tmp_path), contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                cli.run(argv)
+            except SystemExit as ended:
+                assert ended.code == 0 and out.getvalue()
+
+    holds(count, st.sampled_from(sorted(parsers.choices)).flatmap(after), check)
 
 
 @counts

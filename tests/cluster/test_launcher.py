@@ -76,6 +76,7 @@ def test_options_may_stand_before_or_after_the_recipe():
         ("no.py", "recipe no.py: no such file; the names of those that ship are bloomz_complaints opt_quotes"),
         ("--max_steps 3 sft", "--max_steps: comes before the recipe; the command is lora-dist train RECIPE"),
         ("sft --num_processes many", "--num_processes many: must be a whole number, 1 or more"),
+        ("sft --num_processes 100000000", "--num_processes 100000000: must be a whole number, 1 or more and at most"),
         ("sft --num_processes 0", "--num_processes 0: must be a whole number, 1 or more"),
         ("sft --config_file", "--config_file: needs a value"),
         ("sft --config_file fspd", "--config_file fspd: no such accelerate config; did you mean fsdp?"),

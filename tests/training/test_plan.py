@@ -17,7 +17,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.load import meta_model
 from lora_dist.parallel.strategies import STRATEGIES, Launch
 from lora_dist.training import plan
-from lora_dist.training.plan import check_length, check_rank, choose_precision
+from lora_dist.training.plan import check_length, check_names, check_rank, choose_precision
 from tests.helpers.ranks import ROOT, launch_recipe
 
 
@@ -132,3 +132,19 @@ def test_boundary_a_rank_above_the_width_of_the_layers(config):
             check_rank(model, dataclasses.replace(config, lora_r=width))
             with pytest.raises(UserError, match=f"--lora_r {width + 1}: .*give at most {width}"):
                 check_rank(model, dataclasses.replace(config, lora_r=width + 1))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("WANDB_PROJECT", "", "WANDB_PROJECT : is empty"),
+        ("WANDB_PROJECT", "team/project", "WANDB_PROJECT team/project: has /, which no project"),
+        ("WANDB_NAME", "two\nlines", "WANDB_NAME two lines: has the character"),
+        ("WANDB_ENTITY", "x" * 5000, "has 5,000 characters"),
+    ],
+)
+def test_boundary_names_for_wandb_are_checked_before_the_run(config, monkeypatch, variable, value, says):
+    monkeypatch.setenv(variable, value)
+    check_names(dataclasses.replace(config, report_to="none"))
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_names(dataclasses.replace(config, report_to="wandb"))
