@@ -145,7 +145,7 @@ def make_base(folder: Path, num_layers: int, hidden_size: int = 2048, vocab_size
             num_hidden_layers=num_layers, num_attention_heads=hidden_size // 64, num_key_value_heads=4,
         )  # fmt: skip
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16, trust_remote_code=False)
         model.save_pretrained(folder, max_shard_size="500MB")
     return folder
 

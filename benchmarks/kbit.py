@@ -45,7 +45,11 @@ def ours():
 
 def theirs():
     model = AutoModelForCausalLM.from_pretrained(
-        BASE_DIR, dtype=BF16, device_map={"": CPU}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+        BASE_DIR,
+        dtype=BF16,
+        device_map={"": CPU},
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        trust_remote_code=False,
     )
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
@@ -90,7 +94,7 @@ def opt_6_7b_bytes() -> tuple[int, int]:
         hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=BF16)
+        model = AutoModelForCausalLM.from_config(config, dtype=BF16, trust_remote_code=False)
     keep_norms_in_fp32(model)
     linears = {id(p) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
                for p in m.parameters()}  # fmt: skip

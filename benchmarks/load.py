@@ -44,7 +44,7 @@ def theirs(quantization, base, cache):
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, device_map={"": CPU}, quantization_config=config
+        base, dtype=torch.bfloat16, device_map={"": CPU}, quantization_config=config, trust_remote_code=False
     )
     return sum(p.untyped_storage().nbytes() for p in model.parameters())
 

@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from lora_dist.boundary import boundary, read_json
 from lora_dist.errors import UserError, did_you_mean
 
 
@@ -32,15 +33,16 @@ def generate(args) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from lora_dist.boundary import boundary
+    from lora_dist.model.adapters import check_adapter
 
+    check_adapter(folder)
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with boundary(f"--adapter {folder}", "give the adapter/ of a run folder"):
+    with boundary(f"--adapter {folder}"):
         model = AutoPeftModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device
+            folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompt, as_chat = _prompt_tokens(tokenizer, args.prompt, folder, bare=args.bare)
     prompt_BT = torch.tensor([prompt], device=device)
     out = model.generate(
@@ -57,7 +59,6 @@ def _prompt_tokens(tokenizer, prompt: str, adapter: Path, *, bare: bool) -> tupl
     It is, unless `bare`, if the tokenizer has a template and the run did not train on rows of another format than
     chats. The state.json of the run is looked for beside the adapter and above its checkpoint.
     """
-    from lora_dist.boundary import boundary, read_json
     from lora_dist.data.formats import encode_prompt
 
     runs = [run for run in (adapter.parent, *adapter.absolute().parents[2:3]) if (run / "state.json").is_file()]

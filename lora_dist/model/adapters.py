@@ -20,6 +20,8 @@ from lora_dist.data.micro_batches import MicroBatch, model_inputs
 from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
 from lora_dist.errors import RunFailed, UserError, require
 from lora_dist.files import write_whole
+from lora_dist.model.lazy_weights import open_checkpoint, read_safetensors_header
+from lora_dist.model.load import load_model_config
 from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather
@@ -29,6 +31,25 @@ from lora_dist.seeds import random_key
 # In a model with experts PEFT maps these names to the experts' stacked parameter and wraps it, which is impossible once
 # that is quantized.
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError unless an adapter folder and its base can be read, and name no code to be imported."""
+    what = f"--adapter {folder}"
+    config = read_json(folder / "adapter_config.json", f"{what}: adapter_config.json")
+    for key in ("auto_mapping", "megatron_config"):  # PEFT imports the modules that these name
+        if config.get(key):
+            raise UserError(f"{what}: adapter_config.json: {key} {config[key]} names code, which is never run")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{what}: holds no {weights.name}")
+    with boundary(f"{what}: {weights.name}"):
+        read_safetensors_header(weights)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{what}: adapter_config.json: base_model_name_or_path {base!r} names no base model")
+    load_model_config(base)
+    open_checkpoint(base)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -35,6 +35,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[slice, slice], torch.Tensor]
+    file: Path | None = None  # None for a tensor that was made of others
 
     def get_shape(self) -> list[int]:  # the loader calls it, because safetensors' slices have it
         return list(self.shape)
@@ -108,13 +109,14 @@ def _read_index(index: Path) -> dict[str, str]:
 def open_checkpoint(name: str) -> dict[str, LazyTensor]:
     """All tensors of a model directory or hub name. Reads only the headers. Raises UserError if a file is damaged."""
     files = weight_files(name)
-    by_file = {file.name: open_weights([file]) for file in files}
-    index = files[0].parent / f"{SINGLE_FILES[files[0].suffix != '.safetensors']}.index.json"
+    tensors = open_weights(files)
     if files[0].name not in SINGLE_FILES:
+        (single,) = [single for single in SINGLE_FILES if single.endswith(files[0].suffix)]
+        index = files[0].parent / f"{single}.index.json"
         for tensor, file_name in _read_index(index).items():
-            if tensor not in by_file[file_name]:
+            if tensor not in tensors or tensors[tensor].file.name != file_name:
                 raise UserError(f"--model_name_or_path {index}: {file_name} holds no {tensor}; download it again")
-    return open_weights(files)
+    return tensors
 
 
 def open_weights(files: list[Path]) -> dict[str, LazyTensor]:
@@ -190,10 +192,10 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 def _lazy_tensors(file: Path, locations: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
     """The tensors of a file by name. `locations`: (shape, dtype, offset of the first byte) of each."""
     descriptor = os.open(file, os.O_RDONLY)  # open until the process ends: a base is loaded once
-    return {name: _tensor_in_file(descriptor, *location) for name, location in locations.items()}
+    return {name: _tensor_in_file(file, descriptor, *location) for name, location in locations.items()}
 
 
-def _tensor_in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
+def _tensor_in_file(file: Path, descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
     row_numel = torch.Size(shape[1:]).numel()
 
     def read(rows, columns):
@@ -210,7 +212,7 @@ def _tensor_in_file(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype,
         ]
         return torch.stack(block_rows)
 
-    return LazyTensor(shape, dtype, read)
+    return LazyTensor(shape, dtype, read, file)
 
 
 def _pread(descriptor: int, numel: int, dtype: torch.dtype, offset: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ quantized ones and shards them. The loader then slices the checkpoint by the pla
 gives this rank's rows to `QuantizeRows`. No rank ever sees the whole of a quantized weight.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from lora_dist.boundary import read_json
+from lora_dist.boundary import boundary, read_json
 from lora_dist.data.tasks import CAUSAL_LM, Task
 from lora_dist.embedded import model_path
 from lora_dist.environment import cpu_has_bf16, has_gpu
@@ -37,6 +33,12 @@ from lora_dist.parallel.strategies import Placement, world_size
 from lora_dist.parallel.zero import partition_base
 
 EXAMPLES = "give a model directory or a hub name such as facebook/opt-6.7b"
+LARGEST = {  # a model of more layers would take hours to build; the others are checked against the weights' shapes
+    "num_hidden_layers": 1000, "encoder_layers": 1000, "decoder_layers": 1000, "num_decoder_layers": 1000,
+    "hidden_size": 2**20, "intermediate_size": 2**24, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
+    "head_dim": 2**20, "vocab_size": 2**28, "max_position_embeddings": 2**31, "num_local_experts": 2**16,
+    "num_experts": 2**16,
+}  # fmt: skip
 
 
 def load_base(
@@ -119,11 +121,19 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         for layer in decoder_layers(model):
             layer.register_forward_pre_hook(_add_gradients_by_layer)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
-    except OSError:
-        pass  # many checkpoints have none; transformers has made one from the model's config
+    model.generation_config = load_generation_config(name) or model.generation_config
     return model
+
+
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """None if the model has none, as many; transformers then makes one of its config. Raises UserError if damaged."""
+    with boundary(f"--model_name_or_path {name}: generation_config.json", hint="remove or repair the file"):
+        try:
+            return GenerationConfig.from_pretrained(model_path(name))
+        except OSError:
+            if (Path(model_path(name)) / "generation_config.json").exists():
+                raise
+    return None
 
 
 def _refuse_layerdrop(name: str, config: PreTrainedConfig, placement: Placement) -> None:
@@ -138,7 +148,7 @@ def _load_quietly(config: PreTrainedConfig, load: BaseLoad) -> tuple[PreTrainedM
     logging.set_verbosity_error()  # `_check_missing` reports the weights that are missing
     try:
         model, report = options.task.models[type(config)].from_pretrained(
-            None, config=config, dtype=options.dtype, device_map={"": options.storage_device},
+            None, config=config, dtype=options.dtype, device_map={"": options.storage_device}, trust_remote_code=False,
             state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
         )  # fmt: skip
     finally:
@@ -187,7 +197,7 @@ def meta_model(
     config = load_model_config(name, classes)
     require(type(config) in task.models, "model_name_or_path", name, f"is not a {task.model_kind}")
     stored = pop_stored_quantization(name, config, quantization)
-    with torch.device("meta"):
+    with boundary(f"--model_name_or_path {name}: config.json"), torch.device("meta"):
         model = task.models[type(config)]._from_config(config, dtype=dtype)
     quantize_model(model, quantization, stored)
     keep_norms_in_fp32(model)
@@ -195,15 +205,43 @@ def meta_model(
 
 
 def load_model_config(name: str, classes: list[str] | None = None) -> PreTrainedConfig:
-    """transformers' config of a model directory or hub name. Raises UserError if there is none."""
-    labels = {}
+    """transformers' config of a model directory or hub name. Raises UserError if there is none that could be right."""
+    labels, what = {}, f"--model_name_or_path {name}"
     if classes:
         labels["id2label"] = dict(enumerate(classes))
         labels["label2id"] = {label: number for number, label in enumerate(classes)}
-    if not Path(model_path(name)).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"--model_name_or_path {name}: no such directory; {EXAMPLES}")
-    try:
-        return AutoConfig.from_pretrained(model_path(name), **labels)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name}: {reason.rstrip('.')}; {EXAMPLES}") from None
+    folder = Path(model_path(name))
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):  # transformers would wait for ever for what a FIFO gives
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{what}: {path.name} is not a regular file; remove it")
+        if (folder / "config.json").exists():
+            read_json(folder / "config.json", f"{what}: config.json")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{what}: no such directory; {EXAMPLES}")
+    with boundary(what, hint=EXAMPLES):
+        config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False, **labels)
+        values = config.to_dict()
+    _check_values(f"{what}: config.json", values)
+    _check_sizes(f"{what}: config.json", config)
+    return config
+
+
+def _check_values(what: str, values: dict) -> None:
+    """Raises UserError for a number that is NaN or infinite, and for a kernel, which would be code from the hub."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_values(what, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{what}: {key} is {value}; it must be a number")
+        elif str(key).endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise UserError(f"{what}: {key} {value} is code from the hub, which is never run; remove the entry")
+
+
+def _check_sizes(what: str, config: PreTrainedConfig) -> None:
+    """Raises UserError unless the sizes of the model are numbers that a model may have."""
+    for part in (config, config.get_text_config()):
+        for size, largest in LARGEST.items():
+            value = getattr(part, size, None)
+            if isinstance(value, int | float | str) and (type(value) is not int or not 0 < value <= largest):
+                raise UserError(f"{what}: {size} is {value!r}; it must be a whole number from 1 to {largest}")
