@@ -5,6 +5,7 @@ Outside are flags, YAML, data, templates, model folders, adapters, caches, run f
 
 import contextlib
 import json
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from lora_dist.errors import NothingToDo, RunFailed, UserError, in_one_line
 
 MAX_YAML_DEPTH = 20  # PyYAML's time grows with the square of the depth: 90 s at 100,000
 MAX_TEXT_BYTES = 16 * 2**20  # of a settings file, a template, a state file; data and weights are not read through here
+
+HALF_CHARACTER = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")  # perhaps: two of them in a row can be a whole one
 
 
 @contextlib.contextmanager
@@ -60,10 +63,23 @@ def read_json(path: Path | str, what: str, kind: type = dict) -> Any:
     """The content of a JSON file, whose top level must be of this type. Raises UserError."""
     text = read_text(path, what)
     with boundary(what):
-        content = json.loads(text)
+        content = parse_json(text)
     if not isinstance(content, kind):
         raise UserError(f"{what}: the file holds a {type(content).__name__}; it must hold a {kind.__name__}")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises an exception if it is none, or if a text in it cannot be written again."""
+    content = json.loads(text)
+    _check_characters(text, content)
+    return content
+
+
+def _check_characters(text: str, content: Any) -> None:
+    """Raises UnicodeEncodeError for half a character, as JSON and YAML can spell it: no file could be made of it."""
+    if HALF_CHARACTER.search(text):
+        json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()
 
 
 def read_yaml_settings(path: Path | str, what: str, *, as_text: bool = False) -> dict:
@@ -79,6 +95,7 @@ def read_yaml_settings(path: Path | str, what: str, *, as_text: bool = False) ->
     with boundary(what):
         _check_events(text)
         content = yaml.load(text, _Texts if as_text else _UniqueKeys)
+        _check_characters(text, content)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -35,6 +35,8 @@ def test_one_line_has_no_control_characters_and_an_end():
         (b"a: 1\na: 2", "line 2: a is given twice"),
         (b"a: &x [1]\nb: *x", "aliases"),
         (b"- a", "not a list"),
+        (b'a: "\\ud800"', "surrogates not allowed"),
+        (b'"\\U0000d800": 1', "surrogates not allowed"),
         (b"1: 2", "not a dict"),
         (b"a: [", "ParserError"),
         (b"[" * 100_000, "nested more than 20 deep"),
@@ -66,7 +68,12 @@ def test_a_pipe_a_folder_and_a_device_are_refused_without_waiting(tmp_path):
 
 
 def test_json_of_another_kind_or_too_deep(tmp_path):
-    for content, says in (("[]", "holds a list"), ("[" * 100_000, "RecursionError"), ("nope", "JSONDecodeError")):
+    for content, says in (
+        ("[]", "holds a list"),
+        ("[" * 100_000, "RecursionError"),
+        ("nope", "JSONDecodeError"),
+        ('{"a": "\\udc00"}', "surrogates"),
+    ):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(UserError, match=says):
             read_json(tmp_path / "s.json", "state.json")

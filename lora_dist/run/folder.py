@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lora_dist.boundary import boundary, read_json, read_text
+from lora_dist.boundary import boundary, parse_json, read_json, read_text
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.files import MANIFEST, is_complete, remove_files, sync, write_whole
@@ -336,7 +336,7 @@ def lines_of(path: Path) -> list[str]:
 def _parse(line: str) -> dict | None:
     """The object of a line; None if the line is cut off or holds no object."""
     with contextlib.suppress(UserError), boundary("line"):
-        values = json.loads(line)
+        values = parse_json(line)
         return values if isinstance(values, dict) and line.endswith("\n") else None
 
 

@@ -126,4 +126,6 @@ def test_any_bytes_in_a_file_of_a_run_that_is_shown(count, config, tmp_path):
         write_report(folder)
         write_comparison([folder, other], tmp_path / "comparison.html")
 
-    holds(count, damaged(folder.root), with_damage(folder.root, show))
+    half = dumped({STEP: 0, "prompt": "\ud800", "completion": "b"})  # of a character
+    known = ("config.yaml", b'{"\\ud800"}'), ("config.yaml", b'{"\\ud800": 1}'), ("samples.jsonl", half + b"\n")
+    holds(count, damaged(folder.root), with_damage(folder.root, show), *known)
