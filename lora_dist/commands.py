@@ -151,7 +151,7 @@ def strategies(args) -> None:
 
 
 def quantize(args) -> None:
-    from lora_dist.model.load import BaseOptions, meta_model
+    from lora_dist.model.load import BaseOptions, check_weights, meta_model
     from lora_dist.model.quantized_cache import check_space, load_cached_base
     from lora_dist.parallel.ranks import start_ranks
     from lora_dist.parallel.strategies import Placement, world_size
@@ -162,6 +162,7 @@ def quantize(args) -> None:
     check_space(skeleton, args.output_dir, "--output_dir")
     accelerator = start_ranks()
     options = BaseOptions(args.quantization, dtype, accelerator.device, Placement(shard_ranks=world_size()))
+    check_weights(args.model_name_or_path, options)
     load_cached_base(args.model_name_or_path, options, cache=args.output_dir, setting="--output_dir")
     accelerator.on_main_process(print)(f"{args.output_dir}: {args.model_name_or_path} in {args.quantization}")
 

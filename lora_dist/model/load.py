@@ -5,9 +5,12 @@ quantized ones and shards them. The loader then slices the checkpoint by the pla
 gives this rank's rows to `QuantizeRows`. No rank ever sees the whole of a quantized weight.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +42,10 @@ LARGEST = {  # a model of more layers would take hours to build; the others are 
     "head_dim": 2**20, "vocab_size": 2**28, "max_position_embeddings": 2**31, "num_local_experts": 2**16,
     "num_experts": 2**16,
 }  # fmt: skip
+# Constants that old checkpoints hold beside the weights: masks, tables of rotary positions, versions.
+NO_WEIGHT = re.compile(
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|version|(attn|attention)(\.attention)?\.bias)$"
+)
 
 
 def load_base(
@@ -108,12 +115,13 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
 
     Raises UserError as `load_base` does.
     """
+    check_weights(name, options)
     config = load_model_config(name, options.classes)
     _refuse_layerdrop(name, config, options.placement)
     stored = pop_stored_quantization(name, config, options.quantization)
     load = BaseLoad(options, read_bitsandbytes(open_checkpoint(name)), stored)
-    model, missing = _load_quietly(config, load)
-    vars(model)["new_parameters"] = _check_missing(name, missing, options)
+    model, report = _load_quietly(config, load)
+    vars(model)["new_parameters"] = sorted(report["missing_keys"])  # a classifier's new head, says `check_weights`
     if options.placement.offload:
         _put_unsharded_on_device(model, options.device)
     model.config.name_or_path = model.name_or_path = original_name(name)
@@ -142,30 +150,73 @@ def _refuse_layerdrop(name: str, config: PreTrainedConfig, placement: Placement)
         raise UserError(f"--model_name_or_path {name}: its layerdrop is {layerdrop}; a sharded base needs layerdrop 0")
 
 
-def _load_quietly(config: PreTrainedConfig, load: BaseLoad) -> tuple[PreTrainedModel, list[str]]:
-    """The loaded model, and the sorted names of the weights that its checkpoint lacks. Hides transformers' warnings."""
+def _load_quietly(config: PreTrainedConfig, load: BaseLoad) -> tuple[PreTrainedModel, dict[str, set]]:
+    """The loaded model, and transformers' report: missing, unexpected and mismatched weights. Hides its warnings."""
     options, verbosity = load.options, logging.get_verbosity()
-    logging.set_verbosity_error()  # `_check_missing` reports the weights that are missing
+    logging.set_verbosity_error()  # `_check_report` says what is wrong
     try:
-        model, report = options.task.models[type(config)].from_pretrained(
+        return options.task.models[type(config)].from_pretrained(
             None, config=config, dtype=options.dtype, device_map={"": options.storage_device}, trust_remote_code=False,
             state_dict=load.tensors, output_loading_info=True, quantization_config=FrozenConfig(load),
+            ignore_mismatched_sizes=True,  # they are in the report
         )  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    return model, sorted(report["missing_keys"])
 
 
-def _check_missing(name: str, missing: list[str], options: BaseOptions) -> list[str]:
-    """Names of the weights that may be missing, because they are a classifier's new head, which will be trained.
+def check_weights(name: str, options: BaseOptions) -> None:
+    """Raises UserError unless a checkpoint holds the weights that its config.json asks for, and no others.
 
-    Raises UserError if the checkpoint lacks others: transformers would put random numbers in their place.
+    It loads the model on meta, so it reads the headers of the checkpoint's files and not one weight. Downloads them if
+    needed. Only a classifier's head that will be trained may be missing, because it is then made anew.
     """
-    new = [weight for weight in missing if options.task.has_classes and options.will_be_trained(weight)]
-    lacking = [weight for weight in missing if weight not in new]
-    if lacking:
-        raise UserError(f"--model_name_or_path {name}: its checkpoint lacks {' '.join(lacking[:4])}")
-    return new
+    config, task = load_model_config(name, options.classes), options.task
+    require(type(config) in task.models, "model_name_or_path", name, f"is not a {task.model_kind}")
+    stored = pop_stored_quantization(name, config, options.quantization)
+    on_meta = replace(  # the shapes of weights that are quantized now would hide those of the checkpoint
+        options, quantization=options.quantization if stored else "none", device=torch.device("meta"),
+        placement=Placement(),
+    )  # fmt: skip
+    with boundary(f"--model_name_or_path {name}: config.json"), _no_progress_bar():
+        tensors = read_bitsandbytes(open_checkpoint(name))
+        tensors = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+        model, report = _load_quietly(config, BaseLoad(on_meta, tensors, stored))
+    what = f"--model_name_or_path {name}: its checkpoint"
+    hint = "config.json and the weights must be of one model"
+    new = {key for key in report["missing_keys"] if task.has_classes and options.will_be_trained(key)}
+    if lacking := report["missing_keys"] - new:
+        raise UserError(f"{what} lacks {_first_names(lacking)}; {hint}")
+    if unused := {key for key in report["unexpected_keys"] if _is_unused_weight(model, key, task)}:
+        raise UserError(f"{what} holds {_first_names(unused)}, which the model of config.json has not; {hint}")
+    for key, found, needed in sorted(report["mismatched_keys"]):
+        raise UserError(f"{what} holds {key} as {tuple(found)}, and the model needs {tuple(needed)}; {hint}")
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A bar would stand on the terminal before the line that says what is wrong."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _first_names(names: set[str], most: int = 4) -> str:
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return " ".join(sorted(names)[:most]) + others
+
+
+def _is_unused_weight(model: PreTrainedModel, key: str, task: Task) -> bool:
+    """True if a tensor that the model does not use is a weight, and not a constant or the head of another task."""
+    if NO_WEIGHT.search(key) or key in dict(model.named_buffers()):
+        return False
+    prefix = f"{model.base_model_prefix}."
+    first = key.removeprefix(prefix).split(".")[0]
+    in_base = first in dict(model.base_model.named_children()) or key.startswith(prefix) and first != "pooler"
+    return in_base or not task.has_classes
 
 
 def _put_unsharded_on_device(model: PreTrainedModel, device: torch.device) -> None:

@@ -188,6 +188,8 @@ class QuantizeRows(ConversionOps):
         rows = rows[0] if isinstance(rows, list) else rows
         module, weight_name = get_module_from_name(model, name)
         weight = quantized_weights(module)[weight_name]
+        if rows.is_meta:  # `check_weights` wants to know the names
+            return {f"{name.rpartition('.')[0]}.{part}": getattr(module, part) for part in weight.part_names}
         codes = getattr(module, weight.part_names[0])
         group = codes.device_mesh.get_group() if isinstance(codes, DTensor) else None
         parts = weight.format.quantize(rows.to(self.device), lambda own: _gather_rows(own, weight.shape[0], group))

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from lora_dist.data.rows import PreparedData, Rows, RowStream
 from lora_dist.data.tasks import TASKS, Task
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
-from lora_dist.model.adapters import check_first_adapter, check_targets, linear_names
-from lora_dist.model.load import load_model_config, meta_model
+from lora_dist.model.adapters import check_first_adapter, check_targets, is_trained_parameter, linear_names
+from lora_dist.model.load import BaseOptions, check_weights, load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.quantization import quantized_weights
@@ -141,12 +142,16 @@ def _warn_of_stored_dtype(config: TrainConfig, dtype: torch.dtype) -> None:
 def plan_base(
     config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, classes: list[str] | None = None
 ) -> BasePlan:
-    """Decide how to load the base, from its config alone. `classes`: names of the classes of a classifier, in order.
+    """Decide how to load the base, from its config and the headers of its weights.
 
+    `classes`: names of the classes of a classifier, in order.
     Raises UserError if the base does not allow what the settings or the launcher ask.
     """
     dtype, task = DTYPE_OF[config.mixed_precision], TASKS[config.task_type]
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
+    trained = partial(is_trained_parameter, config)
+    meta = BaseOptions(config.quantization, dtype, torch.device("meta"), Placement(), trained, task, classes)
+    check_weights(config.model_name_or_path, meta)
     check_targets(skeleton, config)
     check_rank(skeleton, config)
     if config.quantized_cache:
