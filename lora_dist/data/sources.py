@@ -14,8 +14,8 @@ from datasets.packaged_modules.csv.csv import Csv
 
 from lora_dist.boundary import boundary, one_line
 from lora_dist.config import TrainConfig
-from lora_dist.data.local_files import content_of, find_files, is_saved, one_kind
-from lora_dist.data.readers import TEXT_KINDS, WHAT_IS_READ, read_records
+from lora_dist.data.files.find import content_of, find_files, is_saved, one_kind
+from lora_dist.data.files.readers import TEXT_KINDS, WHAT_IS_READ, read_records
 from lora_dist.errors import UserError, require
 from lora_dist.functions import describe_function
 from lora_dist.seeds import random_key

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets.data_files import FILES_TO_IGNORE, DataFilesPatternsDict, get_data_patterns
 
 from lora_dist.config import TrainConfig
-from lora_dist.data.readers import (
+from lora_dist.data.files.readers import (
     COMPRESSED_SUFFIXES,
     KIND_OF_SUFFIX,
     READER_VERSION,
