@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from lora_dist.files import write_whole
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # a sharded checkpoint has an index of this name instead
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AGAIN = "download it again, or save the model as safetensors"
 
 
@@ -59,6 +60,20 @@ class LazyTensor:
         """The same bytes as another dtype. The last dimension changes with the size of an element."""
         last = self.shape[-1] * self.dtype.itemsize // dtype.itemsize
         return LazyTensor((*self.shape[:-1], last), dtype, lambda rows, columns: self.read(rows, columns).view(dtype))
+
+    def watched(self, found: Callable[[], None]) -> "LazyTensor":
+        """The same tensor. It calls `found()` when a block is read that holds NaN or an infinite number.
+
+        aminmax gives NaN if there is one. It takes 16 ms for 128 MiB of fp16 on one core, and isfinite 450 ms.
+        """
+
+        def read(rows, columns):
+            block = self.read(rows, columns)
+            if block.dtype in CHECKED_DTYPES and block.numel() and not all(map(math.isfinite, block.aminmax())):
+                found()
+            return block
+
+        return replace(self, read=read)
 
     def transposed(self) -> "LazyTensor":
         """The transpose of a matrix. Reading its rows reads columns of the file: only those bytes, in short reads."""

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,16 +32,17 @@ from lora_dist.model.loader_hooks import BaseLoad, BaseOptions, FrozenConfig, ma
 from lora_dist.model.quantization import FORMATS
 from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from lora_dist.parallel.fsdp import decoder_layers
-from lora_dist.parallel.ranks import num_ranks
+from lora_dist.parallel.ranks import gather, num_ranks
 from lora_dist.parallel.strategies import Placement, world_size
 from lora_dist.parallel.zero import partition_base
 
 EXAMPLES = "give a model directory or a hub name such as facebook/opt-6.7b"
-LARGEST = {  # a model of more layers would take hours to build; the others are checked against the weights' shapes
-    "num_hidden_layers": 1000, "encoder_layers": 1000, "decoder_layers": 1000, "num_decoder_layers": 1000,
-    "hidden_size": 2**20, "intermediate_size": 2**24, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
-    "head_dim": 2**20, "vocab_size": 2**28, "max_position_embeddings": 2**31, "num_local_experts": 2**16,
-    "num_experts": 2**16,
+MOST_LAYERS = 1000  # more would take hours to build
+LARGEST = {  # where the weights' shapes do not decide, or are compared too late
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), MOST_LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts"), 2**16),
+    "hidden_size": 2**20, "head_dim": 2**20, "intermediate_size": 2**24, "vocab_size": 2**28,
+    "max_position_embeddings": 2**31, "num_labels": 2**16,
 }  # fmt: skip
 # Constants that old checkpoints hold beside the weights: masks, tables of rotary positions, versions.
 NO_WEIGHT = re.compile(
@@ -119,8 +121,10 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     config = load_model_config(name, options.classes)
     _refuse_layerdrop(name, config, options.placement)
     stored = pop_stored_quantization(name, config, options.quantization)
-    load = BaseLoad(options, read_bitsandbytes(open_checkpoint(name)), stored)
-    model, report = _load_quietly(config, load)
+    tensors, not_finite = open_checkpoint(name), set()
+    watched = {key: tensor.watched(partial(not_finite.add, key)) for key, tensor in tensors.items()}
+    model, report = _load_quietly(config, BaseLoad(options, read_bitsandbytes(watched), stored))
+    _refuse_not_finite({f"{key} in {tensors[key].file.name}" for key in not_finite}, name)
     vars(model)["new_parameters"] = sorted(report["missing_keys"])  # a classifier's new head, says `check_weights`
     if options.placement.offload:
         _put_unsharded_on_device(model, options.device)
@@ -204,9 +208,16 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _refuse_not_finite(found: set[str], name: str) -> None:
+    """Raises UserError, the same one on all ranks, if one of them read NaN or an infinite number. Collective."""
+    if found := set().union(*gather(found)):
+        what = f"--model_name_or_path {name}: {_first_names(found)}"
+        raise UserError(f"{what}: holds NaN or infinite numbers; download it again, or give another base")
+
+
 def _first_names(names: set[str], most: int = 4) -> str:
     others = f" and {len(names) - most} more" if len(names) > most else ""
-    return " ".join(sorted(names)[:most]) + others
+    return ", ".join(sorted(names)[:most]) + others
 
 
 def _is_unused_weight(model: PreTrainedModel, key: str, task: Task) -> bool:
@@ -266,33 +277,51 @@ def load_model_config(name: str, classes: list[str] | None = None) -> PreTrained
         for path in sorted(folder.iterdir()):  # transformers would wait for ever for what a FIFO gives
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise UserError(f"{what}: {path.name} is not a regular file; remove it")
-        if (folder / "config.json").exists():
-            read_json(folder / "config.json", f"{what}: config.json")
+        if not (folder / "config.json").exists():
+            raise UserError(f"{what}: the directory holds no config.json; {EXAMPLES}")
+        read_json(folder / "config.json", f"{what}: config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{what}: no such directory; {EXAMPLES}")
     with boundary(what, hint=EXAMPLES):
+        values, _ = PreTrainedConfig.get_config_dict(model_path(name))
+    what += ": config.json"
+    _check_values(what, values)
+    with boundary(what, hint="give a model of a class in transformers; the code of a model folder is never run"):
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False, **labels)
-        values = config.to_dict()
-    _check_values(f"{what}: config.json", values)
-    _check_sizes(f"{what}: config.json", config)
+    _check_sizes(what, config)
     return config
 
 
-def _check_values(what: str, values: dict) -> None:
-    """Raises UserError for a number that is NaN or infinite, and for a kernel, which would be code from the hub."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _check_values(what, value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{what}: {key} is {value}; it must be a number")
-        elif str(key).endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise UserError(f"{what}: {key} {value} is code from the hub, which is never run; remove the entry")
+def _check_values(what: str, value: object, key: str = "") -> None:
+    """Raises UserError for what config.json must not hold before a config class reads it.
+
+    These are numbers that are NaN or infinite, counts of which a class would make long lists, and the name of a kernel
+    from the hub, which would be code.
+    """
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else [(key, entry) for entry in value]:
+            _check_values(what, entry, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{what}: {key} is {value}; it must be a number")
+    elif key in LARGEST:
+        _check_size(what, key, value)
+    elif isinstance(value, int) and key.endswith(("layer", "layers")) and value > MOST_LAYERS:
+        raise UserError(f"{what}: {key} is {value}; it must be at most {MOST_LAYERS}")
+    elif key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+        raise UserError(f"{what}: {key} {value} is code from the hub, which is never run; remove the entry")
+
+
+def _check_size(what: str, key: str, value: object) -> None:
+    least = 0 if "experts" in key else 1  # a family may have dense models
+    if isinstance(value, int | float | str) and (type(value) is not int or not least <= value <= LARGEST[key]):
+        raise UserError(f"{what}: {key} is {value!r}; it must be a whole number from {least} to {LARGEST[key]}")
 
 
 def _check_sizes(what: str, config: PreTrainedConfig) -> None:
-    """Raises UserError unless the sizes of the model are numbers that a model may have."""
+    """Raises UserError unless the sizes of the model are numbers that a model may have, also under a family's names."""
     for part in (config, config.get_text_config()):
-        for size, largest in LARGEST.items():
-            value = getattr(part, size, None)
-            if isinstance(value, int | float | str) and (type(value) is not int or not 0 < value <= largest):
-                raise UserError(f"{what}: {size} is {value!r}; it must be a whole number from 1 to {largest}")
+        for key in LARGEST:
+            _check_size(what, key, getattr(part, key, None))
+        heads, groups = (getattr(part, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise UserError(f"{what}: num_key_value_heads is {groups}; it must divide num_attention_heads, {heads}")

@@ -15,9 +15,12 @@ from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError
 from lora_dist.model.lazy_weights import open_checkpoint
 from lora_dist.model.load import BaseOptions, check_weights, load_base
+from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.strategies import STRATEGIES, Launch, Placement
 from lora_dist.training.plan import plan_base
 from tests.helpers.families import CONFIGS, make_checkpoint
+from tests.helpers.parity import load_sharded
+from tests.helpers.ranks import run_ranks
 
 
 def options(task: str = "CAUSAL_LM", quantization: str = "int8") -> BaseOptions:
@@ -43,11 +46,11 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 FAULTS = {
     "fewer layers in config.json": (
         lambda folder: set_config(folder, num_hidden_layers=1),
-        "holds model.layers.1.input_layernorm.weight .* and 5 more",
+        "holds model.layers.1.input_layernorm.weight, .* and 5 more",
     ),
     "more layers in config.json": (
         lambda folder: set_config(folder, num_hidden_layers=3),
-        "lacks model.layers.2.input_layernorm.weight .* and 5 more",
+        "lacks model.layers.2.input_layernorm.weight, .* and 5 more",
     ),
     "a weight less": (lambda folder: change_weights(folder, lambda w: w.pop(LAYER)), f"lacks {LAYER}; "),
     "a weight more": (
@@ -126,3 +129,56 @@ def test_no_weight_is_read(monkeypatch):
     monkeypatch.setattr("os.preadv", None)
     assert open_checkpoint("embedded")
     check_weights("embedded", options())
+
+
+VALUES = {"NaN": float("nan"), "infinite": float("inf"), "minus infinite": -float("inf")}
+
+
+def spoil(folder: Path, name: str, value: float) -> None:
+    """Put the value into the last element of a weight."""
+
+    def change(weights):
+        weights[name].flatten()[-1] = value
+
+    change_weights(folder, change)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", VALUES)
+def test_weights_that_are_not_finite_are_named(tmp_path, value, name, quantization):
+    folder = make_checkpoint("llama", tmp_path)
+    spoil(folder, name, VALUES[value])
+    with pytest.raises(
+        UserError, match=f"{folder}: {name} in model.safetensors: holds NaN or infinite numbers; downlo"
+    ):
+        load_base(str(folder), quantization=quantization)
+
+
+def test_the_largest_finite_weights_pass(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    spoil(folder, "lm_head.weight", torch.finfo(torch.float16).max)
+    assert load_base(str(folder), quantization="int8").lm_head.weight.max() == torch.finfo(torch.float16).max
+
+
+def test_scales_of_a_quantized_base_that_are_not_finite_are_named(tmp_path):
+    config, cache = replace(options(), quantization="nf4"), tmp_path / "cache"
+    load_cached_base("embedded", config, cache=str(cache))
+    load_base(str(cache), quantization="nf4")
+    (name, *_) = [name for name in load_file(cache / "model.safetensors") if name.endswith("nested_absmax")]
+    spoil(cache, name, float("nan"))
+    with pytest.raises(UserError, match=f"{name} in model.safetensors: holds NaN"):
+        load_base(str(cache), quantization="nf4")
+
+
+def _refusal_on_rank(rank, folder):
+    with pytest.raises(UserError) as raised:
+        load_sharded("nf4", path=folder)
+    return str(raised.value)
+
+
+def test_every_rank_says_the_same_of_what_one_of_them_has_read(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    spoil(folder, LAYER, float("nan"))  # a row that rank 1 reads
+    said = run_ranks(_refusal_on_rank, 2, folder)
+    assert said[0] == said[1] and f"{LAYER} in model.safetensors: holds NaN" in said[0]

@@ -52,7 +52,7 @@ CASES = {
         {},
         ["--model_name_or_path", "no such directory"],
     ),
-    "empty model": (lambda t: ["--model_name_or_path", str(t)], {}, ["--model_name_or_path", "model_type"]),
+    "empty model": (lambda t: ["--model_name_or_path", str(t)], {}, ["--model_name_or_path", "holds no config.json"]),
     "no data file": (lambda t: ["--dataset_name", str(t / "no.jsonl")], {}, ["--dataset_name", "no such file"]),
     "no data set": (lambda t: ["--dataset_name", "no/such"], {}, ["--dataset_name no/such", "cannot be loaded"]),
     "broken data": (
