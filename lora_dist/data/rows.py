@@ -41,6 +41,7 @@ class Rows:
     def __init__(self, table: Dataset):
         self.table = table.with_format("numpy")
         self.lengths = pc.list_value_length(table.data.column("input_ids")).to_numpy()  # tokens of each row
+        self.label_lengths = pc.list_value_length(table.data.column("labels")).to_numpy()
 
     @classmethod
     def of(cls, rows: list[Encoded]) -> "Rows":

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
 from lora_dist.boundary import boundary, read_json
@@ -28,9 +32,7 @@ from lora_dist.parallel.ranks import gather
 from lora_dist.parallel.zero import is_partitioned, whole_shape
 from lora_dist.seeds import random_key
 
-# In a model with experts PEFT maps these names to the experts' stacked parameter and wraps it, which is impossible once
-# that is quantized.
-EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+LINEARS = (nn.Linear, FrozenLinear, Conv1D)
 
 
 def check_adapter(folder: Path) -> None:
@@ -55,15 +57,41 @@ def check_adapter(folder: Path) -> None:
 def linear_names(model: nn.Module) -> list[str]:
     """Last name of every linear layer that can get an adapter: the valid values of `--lora_target_modules`.
 
-    The head is left out, and in a model with experts so are the names that PEFT would look for in the experts.
+    Left out are the head and what PEFT does not adapt in a model of this kind.
     """
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, FrozenLinear, Conv1D))
-    }
-    has_experts = any(param.dim() == 3 for param in model.parameters())
-    return sorted(names - {"lm_head", "embed_out"} - (EXPERT_NAMES if has_experts else set()))
+    modules = [(name.rpartition(".")[2], isinstance(module, LINEARS)) for name, module in model.named_modules()]
+    names = {name for name, is_linear in modules if is_linear} - {name for name, is_linear in modules if not is_linear}
+    # PEFT takes these names for the experts' stacked parameter and wraps it, which is impossible once it is quantized.
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    of_experts = _MOE_TARGET_MODULE_MAPPING.get(pattern, {}).keys()
+    return sorted(name for name in names - {"lm_head", "embed_out"} - of_experts if _peft_allows(model, name))
+
+
+def _peft_allows(model: nn.Module, name: str) -> bool:
+    """False for a layer that Mamba's kernels use without calling it, so an adapter on it would do nothing."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+    except ValueError:
+        return False
+    return True
+
+
+def describe_adapted(model: PeftModel) -> str:
+    """How many linear layers have an adapter, and the names of those that have none. One line."""
+    adapted, without = 0, set()
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in (*path, last)):
+            continue
+        if isinstance(module, LINEARS) and last == "base_layer":
+            adapted += 1
+        elif isinstance(module, LINEARS):
+            without.add((path[-1] if last == "original_module" else last, name))
+        elif not isinstance(module, _ConvNd):  # experts, stacked
+            weights = quantized_weights(module) or dict(module.named_parameters(recurse=False))
+            without |= {(f"{last}.{key}", f"{name}.{key}") for key, w in weights.items() if len(w.shape) == 3}
+    kinds = ", ".join(sorted({kind for kind, _ in without})) or "none"
+    return f"adapters: on {adapted} of {adapted + len(without)} linear layers; without one: {kinds}"
 
 
 def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import get_token
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig, check_project, check_text, check_warmup
@@ -139,19 +141,65 @@ def _warn_of_stored_dtype(config: TrainConfig, dtype: torch.dtype) -> None:
             print(f"warning: {what}; {then}", file=sys.stderr)
 
 
-def plan_base(
-    config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, classes: list[str] | None = None
-) -> BasePlan:
+def positions_of(model: PreTrainedModel) -> tuple[int | None, bool]:
+    """(number of tokens that a model has positions for, True if it cannot compute more). None: it has no limit.
+
+    A table of positions, learned or not, ends a run with an error; rotary positions beyond those in training only give
+    worse results. `model` may be on meta.
+    """
+    tables = [
+        module.num_embeddings
+        - (module.padding_idx + 1 if module.padding_idx is not None else vars(module).get("offset", 0))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+    ]
+    tables += [len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")]  # GPT-J
+    if tables:
+        return min(tables), True
+    text = model.config.get_text_config()
+    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    if not limit or not rope:  # ALiBi, relative positions, Mamba
+        return None, False
+    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # the others' limit counts their scaling already
+        limit = max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
+    return limit, False
+
+
+def check_positions(model: PreTrainedModel, config: TrainConfig, data: PreparedData) -> None:
+    """Raises UserError if a row is longer than the model's table of positions; warns beyond rotary positions.
+
+    Only rows that are there count, so a large `--max_length` alone is fine. A stream's rows are not known yet.
+    """
+    limit, is_table = positions_of(model)
+    splits = [rows for rows in (data.train, data.held_out) if isinstance(rows, Rows)]
+    lengths = [np.max(lengths, initial=0) for rows in splits for lengths in (rows.lengths, rows.label_lengths)]
+    what = f"the longest row has {max(lengths, default=0)} tokens"
+    if len(splits) < 2 or (config.packing and is_table):  # padding behind packed documents has positions too
+        lengths, what = [config.max_length], f"rows have up to {config.max_length} tokens"
+    if limit is None or max(lengths) <= limit:
+        return
+    name = config.model_name_or_path
+    if is_table:
+        why = f"{what}, and {name} has only {limit} positions; give --max_length {limit}"
+        raise UserError(f"--max_length {config.max_length}: {why}, or a model with more")
+    if os.environ.get("RANK", "0") == "0":
+        hint = f"--max_length {limit} stays within them"
+        print(f"warning: {what}, and {name} was made for {limit} positions: {hint}", file=sys.stderr)
+
+
+def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> BasePlan:
     """Decide how to load the base, from its config and the headers of its weights.
 
-    `classes`: names of the classes of a classifier, in order.
-    Raises UserError if the base does not allow what the settings or the launcher ask.
+    Raises UserError if the base does not allow what the settings, the data or the launcher ask.
     """
-    dtype, task = DTYPE_OF[config.mixed_precision], TASKS[config.task_type]
+    dtype, task, classes = DTYPE_OF[config.mixed_precision], TASKS[config.task_type], data.classes
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
     trained = partial(is_trained_parameter, config)
     meta = BaseOptions(config.quantization, dtype, torch.device("meta"), Placement(), trained, task, classes)
     check_weights(config.model_name_or_path, meta)
+    allows = not config.gradient_checkpointing or skeleton.supports_gradient_checkpointing
+    why = f"transformers does not support it for a {skeleton.config.model_type}; give false"
+    require(allows, "gradient_checkpointing", config.gradient_checkpointing, why)
     check_targets(skeleton, config)
     check_rank(skeleton, config)
     if config.quantized_cache:
@@ -162,6 +210,7 @@ def plan_base(
     require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)
     if config.packing:
         check_packing(skeleton, config)
+    check_positions(skeleton, config, data)
     placement = choose_placement(launch, config, skeleton, num_ranks=world_size(), dtype=dtype)
     expected = expected_memory(skeleton, config, placement, dtype)
     return BasePlan(dtype, placement, task, classes, expected, base_work(skeleton, config))

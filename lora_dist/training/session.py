@@ -68,7 +68,7 @@ def open_run(
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     data = prepare_rows(config, tokenizer, transform)
     check_length(config, data)
-    plan = plan_base(config, launch, tokenizer, data.classes)
+    plan = plan_base(config, launch, tokenizer, data)
     if config.prepare_only:
         raise NothingToDo(f"{data.table()}\n{prepare_weights(config)}")
     with joined_run(config, recipe, launch, data) as (accelerator, folder):

@@ -12,7 +12,7 @@ from collections import deque
 from tqdm import tqdm
 
 from lora_dist.data.tasks import TASKS
-from lora_dist.model.adapters import parameter_counts
+from lora_dist.model.adapters import describe_adapted, parameter_counts
 from lora_dist.model.placement import describe_placement
 from lora_dist.model.quantize_model import quantized_fraction
 from lora_dist.parallel.fsdp import decoder_layers
@@ -36,6 +36,7 @@ def banner(run: Run) -> str:
     expected = _expected_peak(run)
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
+        describe_adapted(run.model),
         f"strategy: {run.strategy.name} ({run.strategy.summary})",
         f"placement: {describe_placement(run.base.placement, len(decoder_layers(run.model)), ranks)}",
         f"base: {config.quantization}, {quantized_fraction(run.model)[0]:.0%} of the layers' weights; {_held(run)}",

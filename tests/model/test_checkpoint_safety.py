@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
+from lora_dist.data.rows import PreparedData, Rows
 from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError
 from lora_dist.model.lazy_weights import open_checkpoint
@@ -121,8 +122,9 @@ def test_the_plan_of_a_run_checks_the_weights(tmp_path):
     folder = make_checkpoint("llama", tmp_path)
     set_config(folder, num_hidden_layers=1)
     config = TrainConfig(model_name_or_path=str(folder), mixed_precision="no", lora_target_modules=["q_proj"])
+    data = PreparedData(Rows.of([([1], [1])]), Rows.of([]), {}, "text", None)
     with pytest.raises(UserError, match="its checkpoint holds model.layers.1"):
-        plan_base(config, Launch(STRATEGIES["ddp"], "no"), load_tokenizer("embedded"))
+        plan_base(config, Launch(STRATEGIES["ddp"], "no"), load_tokenizer("embedded"), data)
 
 
 def test_no_weight_is_read(monkeypatch):
