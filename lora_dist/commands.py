@@ -152,14 +152,14 @@ def strategies(args) -> None:
 
 def quantize(args) -> None:
     from lora_dist.model.load import BaseOptions, check_weights, meta_model
-    from lora_dist.model.quantized_cache import check_space, load_cached_base
+    from lora_dist.model.quantized_cache import check_cache, load_cached_base
     from lora_dist.parallel.ranks import start_ranks
     from lora_dist.parallel.strategies import Placement, world_size
     from lora_dist.training.plan import DTYPE_OF
 
     dtype = DTYPE_OF[args.mixed_precision]
     skeleton = meta_model(args.model_name_or_path, args.quantization, dtype)  # bad input, before any weight is read
-    check_space(skeleton, args.output_dir, "--output_dir")
+    check_cache(skeleton, args.output_dir, "--output_dir")
     accelerator = start_ranks()
     options = BaseOptions(args.quantization, dtype, accelerator.device, Placement(shard_ranks=world_size()))
     check_weights(args.model_name_or_path, options)

@@ -9,15 +9,18 @@ import fnmatch
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_dist.boundary import boundary, read_json
 from lora_dist.errors import UserError
 
 MANIFEST = "manifest.json"
+LOCK_POLL_S = 0.1  # between two tries to take a lock that another process holds
+QUIET_S = 10.0  # a process that waits for a lock no longer than that does not say so
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -52,35 +55,78 @@ def remove_ours(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return left
 
 
-QUIET_S = 10.0  # a process that waits for a lock no longer than that does not say so
+@contextlib.contextmanager
+def lock_file(path: Path, *, shared: bool = False) -> Iterator[Callable[[], bool]]:
+    """Gives a function that tries to take the kernel's lock on the file `path`, which is created, until it has it.
+
+    A `shared` lock keeps out only those who want it for themselves. It ends with the block, and with its process. The
+    file stays: another process may wait for it. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+
+    def take() -> bool:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise OSError(error.errno, f"its disk has no file locks: {error.strerror}") from None
+        return True
+
+    try:
+        yield take
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may still hold the descriptor
+        os.close(descriptor)
+
+
+def wait_for_lock(take: Callable[[], bool], waiting: str) -> None:
+    """Try to take a lock until it is taken. If that lasts, say once on stderr what this is `waiting` for."""
+    to_say, quiet_until = waiting, time.monotonic() + QUIET_S
+    while not take():
+        if to_say and time.monotonic() > quiet_until:
+            print(to_say, file=sys.stderr, flush=True)
+            to_say = ""
+        time.sleep(LOCK_POLL_S)
 
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Keep other processes out of the block; if one is in it for long, say `waiting` on stderr; wait for it.
-
-    It is the kernel's lock on the file `path`, which is created: it ends with its process. Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    try:
-        deadline = time.monotonic() + QUIET_S
-        while not (held := _try_lock(descriptor)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not held:
-            print(f"{waiting}: {path}", file=sys.stderr, flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    """Keep other processes out of the block; if one is in it, wait for it, and say so. Raises OSError."""
+    with lock_file(path) as take:
+        wait_for_lock(take, f"{waiting}: {path}")
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+@contextlib.contextmanager
+def made_whole(folder: Path, ours: Callable[[Path], Sequence[str]]) -> Iterator[Path]:
+    """Write a folder whole or not at all: gives an empty folder beside it, which takes its name when the block ends.
+
+    If the block raises, nothing is left of it. What a killed process left is removed. What stands under the name of the
+    folder is replaced and deleted: `ours` gives the patterns of its files for `remove_ours`, or raises if it holds
+    files of others. The caller holds a lock. Raises OSError.
+    """
+    new, old = (folder.with_name(f".{folder.name}.lora-dist-{kind}") for kind in ("new", "old"))
+    remove_ours(new, ["*"])  # only we write into a folder of this name
+    remove_ours(old, ours(old))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+        new.mkdir(parents=True)
+        yield new
+        if folder.is_dir() and os.listdir(folder) and ours(folder):
+            folder.rename(old)  # at once, so that a reader never sees a part of it
+        new.rename(folder)  # over an empty folder, if there is one
+        sync(folder.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            remove_ours(new, ["*"])
+    remove_ours(old, ours(old))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that the disk has free where the folder or file is, or will be."""
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
 def remove_files(paths: Iterable[Path]) -> None:
@@ -113,6 +159,11 @@ def describe_file(path: Path) -> dict:
     """A manifest's entry for the file: its size in bytes and its sha256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def is_as_described(path: Path, entry: dict) -> bool:
+    """True if the file is as its manifest's entry says. A pipe is not opened: reading it could wait for ever."""
+    return path.is_file() and describe_file(path) == entry
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -10,8 +10,6 @@ ALLOWED = {
     "files.py",
     "cluster/preflight.py",
     "run/folder.py",
-    "model/quantized_cache.py",
-    "data/rows.py",
     "cluster/submission.py",
 }
 

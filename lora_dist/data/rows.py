@@ -26,12 +26,11 @@ from lora_dist.data.formats import Encoded, Encoder
 from lora_dist.data.sources import Examples, load_examples, unwritable_cache
 from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError, require
-from lora_dist.files import MANIFEST, is_complete, locked, remove_ours, write_manifest
+from lora_dist.files import MANIFEST, is_complete, locked, made_whole, write_manifest
 
 # Version of the cache's files. Raise it if the same data would give other rows, or if the files change.
 CACHE_VERSION = 4
 ROW_FILES = ("train.arrow", "held-out.arrow", "report.json", f"{MANIFEST}*")
-CHECKSUMS = slice(0)  # of no file: reading all rows at each start would take too long; sizes are compared
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
@@ -166,31 +165,17 @@ def _prepare_cached(examples: Examples, encoder: Encoder, config: TrainConfig) -
 
 def _tokenize_once(examples: Examples, encoder: Encoder, config: TrainConfig) -> Path:
     """The cache's folder for these examples, tokenizer and settings. It exists under this name only when complete."""
-    root = Path(datasets.config.HF_DATASETS_CACHE) / "lora-dist-rows"
-    folder = root / _cache_key(examples, encoder, config)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-dist-rows" / _cache_key(examples, encoder, config)
     try:
-        if not is_complete(folder, CHECKSUMS):
+        if not is_complete(folder):
             with locked(folder.with_suffix(".lock"), "waiting for the process that tokenizes this data"):
-                if not is_complete(folder, CHECKSUMS):
-                    _write_rows(examples, encoder, config, folder)
+                if not is_complete(folder):
+                    with made_whole(folder, lambda _: ROW_FILES) as new:
+                        _tokenize(examples, encoder, config, new)
+                        write_manifest(new)
     except OSError as error:
         raise unwritable_cache(config.dataset_name, error) from None
     return folder
-
-
-def _write_rows(examples: Examples, encoder: Encoder, config: TrainConfig, folder: Path) -> None:
-    """Tokenize into the folder, whole or not at all."""
-    partial = folder.with_suffix(".partial")
-    try:
-        for path in (partial, folder):  # of a process that was killed, and what is damaged
-            remove_ours(path, ROW_FILES)
-        partial.mkdir()
-        _tokenize(examples, encoder, config, partial)
-        write_manifest(partial)
-        partial.rename(folder)
-    except BaseException:
-        remove_ours(partial, ROW_FILES)
-        raise
 
 
 def _cache_key(examples: Examples, encoder: Encoder, config: TrainConfig) -> str:

@@ -1,5 +1,6 @@
 """Sources of examples: the hub, local files, a saved data set. All become data sets of the package `datasets`."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,10 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.files.find import content_of, find_files, is_saved, one_kind
 from lora_dist.data.files.readers import TEXT_KINDS, WHAT_IS_READ, read_records
 from lora_dist.errors import UserError, require
+from lora_dist.files import free_bytes
 from lora_dist.functions import describe_function
 from lora_dist.seeds import random_key
+from lora_dist.units import size
 
 MAX_COLUMNS = 1000
 ORIGIN = "where the example is from"  # a column that we add, for messages: "line 7", "b.jsonl line 7", "example 7"
@@ -230,7 +233,8 @@ def _unreadable(name: str, error: Exception) -> UserError:
         error = error.__cause__
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and str(datasets.config.HF_DATASETS_CACHE) in str(error.filename):
+    cannot_write = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if cannot_write or str(datasets.config.HF_DATASETS_CACHE) in str(getattr(error, "filename", None)):
         return unwritable_cache(name, error)
     if isinstance(error, IndexError) or "corresponds to no data" in str(error):  # datasets raises it for an empty one
         return UserError(f"--dataset_name {name}: holds no examples")
@@ -240,7 +244,7 @@ def _unreadable(name: str, error: Exception) -> UserError:
 
 def unwritable_cache(name: str, error: OSError) -> UserError:
     cache, why = datasets.config.HF_DATASETS_CACHE, error.strerror or str(error)
-    hint = "set HF_DATASETS_CACHE to another directory"
+    hint = f"its disk has {size(free_bytes(Path(cache).absolute()))} free; set HF_DATASETS_CACHE to another directory"
     return UserError(f"--dataset_name {name}: cannot be cached in {cache}: {why}; {hint}")
 
 

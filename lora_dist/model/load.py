@@ -36,6 +36,8 @@ from lora_dist.parallel.ranks import gather, num_ranks
 from lora_dist.parallel.strategies import Placement, world_size
 from lora_dist.parallel.zero import partition_base
 
+FINGERPRINT = "fingerprint.json"  # of a folder that we quantized
+FINGERPRINT_KEYS = {"format", "bitsandbytes", "quantization", "dtype", "files"}
 EXAMPLES = "give a model directory or a hub name such as facebook/opt-6.7b"
 MOST_LAYERS = 1000  # more would take hours to build
 LARGEST = {  # where the weights' shapes do not decide, or are compared too late
@@ -107,9 +109,17 @@ def original_name(name: str) -> str:
     A folder that `lora-dist quantize` wrote says what it was made from: servers need the original, and it outlives a
     folder on a scratch disk.
     """
-    path = Path(model_path(name)) / "fingerprint.json"
-    base = read_json(path, f"--model_name_or_path {name}: {path.name}").get("base") if path.is_file() else None
+    base = read_fingerprint(Path(model_path(name))).get("base")
     return base if isinstance(base, str) else model_path(name)
+
+
+def read_fingerprint(folder: Path) -> dict:
+    """What a folder that we quantized was made from; {} if we did not write the folder, or if this file is damaged."""
+    try:
+        found = read_json(folder / FINGERPRINT, FINGERPRINT)
+    except UserError:
+        return {}
+    return found if found.keys() >= FINGERPRINT_KEYS else {}
 
 
 def read_base(name: str, options: BaseOptions) -> PreTrainedModel:

@@ -1,42 +1,55 @@
 """The quantized base on disk: all ranks write it once, each its own rows, and any number of ranks can read it.
 
 The folder is a checkpoint as transformers and bitsandbytes write it, the same bytes at any number of ranks. Two more
-files make it a cache: `fingerprint.json`, written first, says what it was made from; the manifest is written last. A
-folder without both is never read.
+files make it a cache: `fingerprint.json` says what it was made from, and the manifest is written last. A folder without
+both is never read.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
+import glob
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from lora_dist.boundary import one_line, read_json
+from lora_dist.boundary import boundary, one_line
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.errors import UserError, require
 from lora_dist.files import (
     MANIFEST,
     describe_file,
     files_of,
+    free_bytes,
+    is_as_described,
     is_complete,
-    locked,
-    remove_ours,
-    sync,
+    lock_file,
+    made_whole,
+    read_manifest,
+    wait_for_lock,
     write_manifest,
     write_whole,
-)  # fmt: skip
+)
 from lora_dist.model.bitsandbytes_format import bitsandbytes_config, write_bitsandbytes
 from lora_dist.model.lazy_weights import OwnRows, weight_files, write_safetensors
-from lora_dist.model.load import BaseOptions, hand_to_deepspeed, load_with, original_name, read_base
+from lora_dist.model.load import (
+    FINGERPRINT,
+    BaseOptions,
+    hand_to_deepspeed,
+    load_with,
+    original_name,
+    read_base,
+    read_fingerprint,
+)
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantization import QuantizedWeight, quantized_weights
 from lora_dist.parallel.ranks import barrier, gather, num_ranks, this_rank
@@ -45,13 +58,16 @@ from lora_dist.units import size
 
 FORMAT = 1
 MAX_FILE_BYTES = 2**29  # small, so that the ranks get nearly equal numbers of bytes to checksum
-OTHER_FILES, MISSING = "holds files that are not a quantized base", "there is none"
-CACHE_FILES = (  # what we and transformers write into it
-    "fingerprint.json*", "config.json*", "generation_config.json", "model*.safetensors",
-    "model.safetensors.index.json*", f"{MANIFEST}*", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates*", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
+CACHE_FILES = [  # what we and transformers write into it
+    "fingerprint.json*", "config.json*", "generation_config.json", "model.safetensors",
+    "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json*", f"{MANIFEST}*", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+]  # fmt: skip
+MAX_NAME_BYTES = 200  # of a folder: a disk allows 255, and we write beside it under longer names
+OTHER_FILES, OTHER_FOLDER = "holds files that are not a quantized base", "give an empty folder or a new name"
+MISSING = "there is none"
 
 
 def load_cached_base(
@@ -65,9 +81,10 @@ def load_cached_base(
     """
     if cache is None:
         return load_with(name, options)
-    store = Cache(Path(cache).resolve(), setting, fingerprint_of(name, options.quantization, options.dtype))
-    if store.problem() is None:
-        return _load_from(store.folder, name, options)
+    store = Cache(folder_of(cache, setting), setting, fingerprint_of(name, options.quantization, options.dtype))
+    with store.lock(shared=True):
+        if store.problem() is None:
+            return _load_from(store.folder, name, options)
     with store.lock():
         problem = store.problem()
         if problem is None:
@@ -105,26 +122,100 @@ def fingerprint_of(name: str, quantization: str, dtype: torch.dtype) -> dict:
     }
 
 
+def folder_of(cache: str, setting: str) -> Path:
+    """The folder that `setting` names, absolute and without symbolic links. Raises UserError if no folder can be it."""
+    with boundary(f"{setting} {ascii(cache)}", "give another folder"):
+        folder = Path(cache).resolve()
+        is_file = folder.exists() and not folder.is_dir()
+        long = len(os.fsencode(folder.name)) > MAX_NAME_BYTES
+    name = setting.removeprefix("--")
+    require(not is_file, name, folder, f"{OTHER_FILES}: it is a file; {OTHER_FOLDER}")
+    require(folder.name and cache.isprintable() and not long, name, ascii(cache), f"no folder's name; {OTHER_FOLDER}")
+    return folder
+
+
+def our_files(folder: Path, setting: str) -> list[str]:
+    """Patterns of the files in the folder, which are all ours. Raises UserError if one is not of a quantized base.
+
+    A folder is a quantized base if one of the two files is there that only we write; the other one may be damaged. A
+    whole manifest lists all that we wrote. A file in it that has an uncommon name, as some tokenizers write them, must
+    be as we wrote it.
+    """
+    with boundary(f"{setting} {folder}", "give another folder"):
+        if not folder.is_dir() or not os.listdir(folder):
+            return []
+        listed = read_manifest(folder)
+        if FINGERPRINT in listed:
+            written = [n for n, e in listed.items() if _matches(n, CACHE_FILES) or is_as_described(folder / n, e)]
+            ours = [*map(glob.escape, written), f"{MANIFEST}*"]
+        else:
+            ours = CACHE_FILES if read_fingerprint(folder) else []
+        our_folders = {str(Path(name).parent) for name in ours}
+        for parent, folders, files in os.walk(folder):  # from above: in a large folder of others this ends at once
+            where = Path(parent).relative_to(folder)
+            others = [name for name in files if not _matches(str(where / name), ours)]
+            others += [name for name in folders if str(where / name) not in our_folders]
+            if others:
+                raise UserError(f"{setting} {folder}: {OTHER_FILES} ({ascii(str(where / others[0]))}); {OTHER_FOLDER}")
+        return ours
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def check_cache(model: PreTrainedModel, cache: str, setting: str) -> None:
+    """Raises UserError if the folder `cache` can neither be read as a quantized base nor become one.
+
+    For the time before any rank begins. `model`: on meta.
+    """
+    folder = folder_of(cache, setting)
+    our_files(folder, setting)
+    if not (folder / MANIFEST).is_file():
+        check_room(folder, setting, base_bytes(model).total)
+
+
+def check_room(folder: Path, setting: str, needed_bytes: int) -> None:
+    """Raises UserError if no folder of this name and size can be made. `needed_bytes`: 0 where it is not known yet."""
+    name = setting.removeprefix("--")
+    why = "it is a mount point, and a mount point cannot be replaced; give a folder inside it"
+    require(not folder.is_mount(), name, folder, why)
+    parent = next(parent for parent in folder.parents if parent.exists())
+    require(parent.is_dir(), name, folder, f"cannot be written: {parent} is a file; give another folder")
+    why = f"cannot be written: no permission for {parent}, or a read-only disk; give another folder"
+    require(os.access(parent, os.W_OK | os.X_OK), name, folder, why)
+    free = free_bytes(folder)
+    why = f"the quantized base needs {size(needed_bytes)}, and its disk has {size(free)} free; give another folder"
+    require(needed_bytes <= free, name, folder, why)
+
+
 class Cache:
     """The folder of a quantized base, on a disk that all ranks share. All methods are collective."""
 
     def __init__(self, folder: Path, setting: str, fingerprint: dict):
-        """`folder` without symbolic links; `setting`: the flag that names it."""
+        """`folder`: from `folder_of`; `setting`: the flag that names it."""
         self.folder, self.setting, self.fingerprint = folder, setting, fingerprint
-        self.partial = folder.with_name(f"{folder.name}.partial")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Rank 0 keeps other starts out, and waits for one that is writing. Raises UserError."""
-        held, problem = contextlib.ExitStack(), None
-        with held:
-            if this_rank() == 0:
-                try:
-                    lock = self.folder.with_name(f".{self.folder.name}.lock")
-                    held.enter_context(locked(lock, "waiting for the process that writes this quantized base"))
-                except OSError as error:
-                    problem = error.strerror
-            self._raise_any(problem)
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Rank 0 keeps other starts out, and waits for one that is writing. Raises UserError.
+
+        `shared`: only writers are kept out. Then no lock is made, and none is needed where nobody can write.
+        """
+        path = self.folder.with_name(f".{self.folder.name}.lora-dist-lock")
+        with contextlib.ExitStack() as held:
+            take = [lambda: True]
+
+            def prepare() -> None:
+                if not shared:
+                    check_room(self.folder, self.setting, 0)
+                if not shared or os.access(path, os.W_OK):
+                    take[0] = held.enter_context(lock_file(path, shared=shared))
+
+            self._on_rank_0(prepare)
+            waiting = f"waiting for the process that uses this quantized base: {path}" if this_rank() == 0 else ""
+            # All ranks wait together, because a collective that one of them does not enter for long times out.
+            wait_for_lock(lambda: self._on_rank_0(lambda: take[0]()), waiting)
             yield
 
     def problem(self) -> str | None:
@@ -133,32 +224,18 @@ class Cache:
         Rank 0 compares the fingerprint; the ranks divide the checksums among them. Raises UserError if the folder holds
         files that no quantized base has.
         """
-        problem = None
-        if this_rank() == 0:
-            problem = self._files_of_others() or self._compare_fingerprint()
-        problem = gather(problem)[0]
-        if problem and problem.startswith(OTHER_FILES):
-            raise UserError(f"{self.setting} {self.folder}: {problem}; give an empty folder or a new name")
+        problem = self._on_rank_0(self._compare_fingerprint)
         if problem is None and not all(gather(is_complete(self.folder, slice(this_rank(), None, num_ranks())))):
             problem = "it is incomplete or damaged"
         return problem
 
-    def _files_of_others(self) -> str | None:
-        if self.folder.exists() and not self.folder.is_dir():
-            return f"{OTHER_FILES}: it is a file"
-        names = [str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*"))]
-        others = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in CACHE_FILES)]
-        if names and "fingerprint.json" not in names:
-            others = others or names
-        return f"{OTHER_FILES} ({ascii(others[0])})" if others else None
-
     def _compare_fingerprint(self) -> str | None:
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        our_files(self.folder, self.setting)
+        if not self.folder.is_dir() or not os.listdir(self.folder):
             return MISSING
-        try:
-            found = read_json(self.folder / "fingerprint.json", "fingerprint.json")
-        except UserError:
-            return "its fingerprint.json is damaged"
+        found = read_fingerprint(self.folder)
+        if not found:
+            return f"its {FINGERPRINT} is damaged"
         # The same files may be known by another name.
         differing = [key for key, value in self.fingerprint.items() if found.get(key) != value and key != "base"]
         return f"it was made with another {', '.join(differing)}" if differing else None
@@ -166,70 +243,58 @@ class Cache:
     def write(self, model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
         """Write a loaded base and its tokenizer, for `load_base` and transformers to read. Hold the lock meanwhile.
 
-        `model`: from `read_base`, before DeepSpeed gets it. It is written beside the folder and renamed when it is
-        whole. Raises UserError on all ranks if one cannot write; then nothing is left of it.
+        `model`: from `read_base`, before DeepSpeed gets it. Raises UserError on all ranks if one cannot write; then
+        nothing is left of it, and what was there before is still there.
         """
-        tokenizer = load_tokenizer(name)
-        self._on_rank_0(self._start)
-        why = "rank 0 has made this folder, but other ranks do not see it; give a folder on a disk that all ranks share"
-        require(all(gather(self.partial.is_dir())), self.setting.removeprefix("--"), self.folder, why)
-        error = write_safetensors(
-            self.partial, stored_tensors(model, dtype), max_file_bytes=MAX_FILE_BYTES, is_main=this_rank() == 0,
-            barrier=barrier,
-        )  # fmt: skip
-        self._raise_any(error and error.strerror)
-        self._on_rank_0(lambda: self._write_small_files(model, tokenizer, dtype))
-        files = files_of(self.partial)[this_rank() :: num_ranks()]
-        described = gather({str(path.relative_to(self.partial)): describe_file(path) for path in files})
-        whole = {name: entry for part in described for name, entry in part.items()}
-        self._on_rank_0(lambda: self._put_in_place(whole))
+        tensors = stored_tensors(model, dtype)
+        needed_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+        self._on_rank_0(lambda: check_room(self.folder, self.setting, needed_bytes))
+        with contextlib.ExitStack() as making:
+            ours = partial(our_files, setting=self.setting)
+            new = self._on_rank_0(lambda: making.enter_context(made_whole(self.folder, ours)))
+            why = "rank 0 made a folder beside it that other ranks do not see; give one on a disk that all ranks share"
+            require(all(gather(new.is_dir())), self.setting.removeprefix("--"), self.folder, why)
+            self._on_all_ranks(lambda: _write_weights(new, tensors))
+            self._on_rank_0(lambda: self._write_small_files(new, model, name, dtype))
+            files = self._on_rank_0(lambda: files_of(new))[this_rank() :: num_ranks()]
+            described = self._on_all_ranks(lambda: {str(path.relative_to(new)): describe_file(path) for path in files})
+            self._on_rank_0(lambda: write_manifest(new, {name: e for part in described for name, e in part.items()}))
+            self._on_rank_0(making.close)
 
-    def _start(self) -> None:
-        remove_ours(self.partial, CACHE_FILES)  # of a start that was killed
-        self.partial.mkdir(parents=True)
-        write_whole(self.partial / "fingerprint.json", json.dumps(self.fingerprint, indent=2) + "\n")
+    def _write_small_files(self, folder: Path, model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+        write_whole(folder / FINGERPRINT, json.dumps(self.fingerprint, indent=2) + "\n")
+        load_tokenizer(name).save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        write_whole(folder / "config.json", json.dumps(_stored_config(model, dtype), indent=2) + "\n")
 
-    def _write_small_files(self, model: PreTrainedModel, tokenizer, dtype: torch.dtype) -> None:
-        tokenizer.save_pretrained(self.partial)
-        model.generation_config.save_pretrained(self.partial)
-        write_whole(self.partial / "config.json", json.dumps(_stored_config(model, dtype), indent=2) + "\n")
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What rank 0's work gives, on all ranks. Raises UserError on all of them if it fails."""
+        return self._on_all_ranks(work if this_rank() == 0 else lambda: None)[0]
 
-    def _put_in_place(self, files: dict[str, dict]) -> None:
-        write_manifest(self.partial, files)
-        remove_ours(self.folder, CACHE_FILES)
-        self.partial.rename(self.folder)  # over an empty folder, if there is one
-        sync(self.folder.parent)
-
-    def _on_rank_0(self, work: Callable[[], None]) -> None:
-        """Let rank 0 write. Raises UserError on all ranks if it cannot."""
-        problem = None
-        if this_rank() == 0:
-            try:
-                work()
-            except (OSError, SafetensorError) as error:
-                problem = getattr(error, "strerror", None) or one_line(error)
-        self._raise_any(problem)
-
-    def _raise_any(self, problem: str | None) -> None:
-        """Raise the first rank's problem on all ranks, after the half-written folder is removed."""
-        problems = [found for found in gather(problem) if found]
-        if problems:
-            if this_rank() == 0:
-                with contextlib.suppress(OSError):
-                    remove_ours(self.partial, CACHE_FILES)
-            barrier()
-            raise UserError(f"{self.setting} {self.folder}: cannot be written: {problems[0]}; give another folder")
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list:
+        """What the work gives on each rank, on all ranks. Raises UserError on all of them if it fails on one."""
+        result = problem = None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:  # whatever kind: the other ranks wait for an answer
+            why = f"cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
+            why += f"; its disk has {size(free_bytes(self.folder))} free"
+            problem = f"{self.setting} {self.folder}: {why}; give another folder"
+        answers = gather((result, problem))
+        for _, problem in answers:
+            if problem:
+                raise UserError(problem)
+        return [result for result, _ in answers]
 
 
-def check_space(model: PreTrainedModel, folder: str, setting: str) -> None:
-    """Raises UserError if the disk of a cache that is not there yet has no room for it. `model`: on meta."""
-    path = Path(folder).resolve()
-    if (path / MANIFEST).is_file():
-        return
-    parent = next(parent for parent in path.parents if parent.is_dir())
-    needed, free = base_bytes(model).total, shutil.disk_usage(parent).free
-    why = f"the quantized base needs {size(needed)}, and its disk has {size(free)} free; give another folder"
-    require(needed <= free, setting.removeprefix("--"), folder, why)
+def _write_weights(folder: Path, tensors: dict[str, OwnRows]) -> None:
+    error = write_safetensors(
+        folder, tensors, max_file_bytes=MAX_FILE_BYTES, is_main=this_rank() == 0, barrier=barrier
+    )  # fmt: skip
+    if error:
+        raise error
 
 
 def _stored_config(model: PreTrainedModel, dtype: torch.dtype) -> dict:

@@ -26,7 +26,7 @@ from lora_dist.model.load import BaseOptions, check_weights, load_model_config, 
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.quantization import quantized_weights
-from lora_dist.model.quantized_cache import check_space
+from lora_dist.model.quantized_cache import check_cache
 from lora_dist.parallel.strategies import Launch, Placement, world_size
 from lora_dist.tracking.flops import BaseWork, base_work
 
@@ -203,7 +203,7 @@ def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenize
     check_targets(skeleton, config)
     check_rank(skeleton, config)
     if config.quantized_cache:
-        check_space(skeleton, config.quantized_cache, "--quantized_cache")
+        check_cache(skeleton, config.quantized_cache, "--quantized_cache")
     _warn_of_stored_dtype(config, dtype)
     num_embeddings = skeleton.get_input_embeddings().num_embeddings
     why = f"its tokenizer has {len(tokenizer)} tokens, and the model embeds {num_embeddings}"

@@ -1,6 +1,7 @@
 """From a data set to rows: read, checked, tokenized once, and cached only when complete."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -215,10 +216,12 @@ def test_a_kill_while_tokenizing_leaves_nothing_that_looks_complete(tmp_path):
     assert killed.stdout.readline() == "encoding\n"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert list(tmp_path.glob("lora-dist-rows/*.partial")) and not list(tmp_path.glob("lora-dist-rows/*/report.json"))
+    assert list(tmp_path.glob("lora-dist-rows/.*.lora-dist-new")) and not list(
+        tmp_path.glob("lora-dist-rows/*/report.json")
+    )
     again = start(tmp_path, 0)
     assert again.communicate(timeout=PATIENCE_S)[0].split()[-1] == "2280" and again.returncode == 0
-    assert not list(tmp_path.glob("lora-dist-rows/*.partial"))
+    assert not list(tmp_path.glob("lora-dist-rows/.*.lora-dist-new"))
 
 
 def test_only_one_of_two_processes_tokenizes(tmp_path):
@@ -229,6 +232,44 @@ def test_only_one_of_two_processes_tokenizes(tmp_path):
         0,
         4,
     ]  # 3 batches of training examples, one held out
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "held-out.arrow", "report.json", "manifest.json"])
+def test_safety_cached_rows_that_were_damaged_are_made_again(prepare, name):
+    expected = prepare(EXAMPLES, eval_fraction=0.25)
+    (file,) = datasets.config.HF_DATASETS_CACHE.glob(f"lora-dist-rows/*/{name}")
+    for damage in (lambda raw: raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:], lambda raw: raw[:9], lambda raw: b""):
+        whole = file.read_bytes()
+        file.unlink()  # the rows that were read are still mapped
+        file.write_bytes(damage(whole))
+        found = prepare(EXAMPLES, eval_fraction=0.25)
+        assert (texts(found.train), texts(found.held_out)) == (texts(expected.train), texts(expected.held_out))
+        assert found.counts == expected.counts and file.read_bytes() == whole
+
+
+def test_safety_rows_that_cannot_be_written_leave_nothing(prepare, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rows_module, "write_manifest", full)
+    with pytest.raises(
+        UserError, match="cannot be cached in .*: No space left on device; its disk has .* free; set HF_"
+    ):
+        prepare(EXAMPLES)
+    left = [path.suffix for path in datasets.config.HF_DATASETS_CACHE.glob("lora-dist-rows/*")]
+    assert left == [".lock"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_safety_a_full_disk_is_not_taken_for_bad_data(prepare, monkeypatch, number):
+    """datasets writes its own cache first, and its error names no file."""
+
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", full)
+    with pytest.raises(UserError, match=f"cannot be cached in .*: {os.strerror(number)}; .* free; set HF_DATASETS_C"):
+        prepare(EXAMPLES)
 
 
 @pytest.mark.parametrize("source", ["file", "saved"])
