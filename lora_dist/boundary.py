@@ -32,7 +32,9 @@ def boundary(what: str, hint: str = "") -> Iterator[None]:
         yield
     except (UserError, RunFailed, NothingToDo):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         raise UserError(f"{what}: {one_line(error)}" + (f"; {hint}" if hint else "")) from error
 
 

@@ -4,7 +4,9 @@ An example is one record of the data set. A label is the token's own id if the t
 is only read. A prompt is tokenized as it will be at inference, where it stands alone.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -32,6 +34,10 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     """
     with boundary(f"--model_name_or_path {name}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+        with _no_text_of_panics():
+            text = tokenizer.decode(tokenizer("A text.").input_ids, skip_special_tokens=True)  # some damage shows here
+        if not text:  # without its files, transformers makes one that knows no word
+            raise UserError(f"--model_name_or_path {name}: its tokenizer knows no word; its files may be missing")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--model_name_or_path {name}: its tokenizer has no eos token; training needs one to end each text"
@@ -41,6 +47,19 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     if chat_template:
         tokenizer.chat_template = read_text(chat_template, f"--chat_template {chat_template}")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _no_text_of_panics() -> Iterator[None]:
+    """A panic of the tokenizers library is written to the file descriptor of stderr before it is raised."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def choose_format(columns: list[str], config: TrainConfig) -> str:

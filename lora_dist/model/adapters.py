@@ -25,7 +25,7 @@ from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
 from lora_dist.errors import RunFailed, UserError, require
 from lora_dist.files import write_whole
 from lora_dist.model.lazy_weights import open_checkpoint, read_safetensors_header
-from lora_dist.model.load import load_model_config
+from lora_dist.model.load import load_generation_config, load_model_config
 from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather
@@ -51,6 +51,7 @@ def check_adapter(folder: Path) -> None:
     if not isinstance(base, str) or not base:
         raise UserError(f"{what}: adapter_config.json: base_model_name_or_path {base!r} names no base model")
     load_model_config(base)
+    load_generation_config(base)
     open_checkpoint(base)
 
 

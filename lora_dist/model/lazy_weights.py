@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -206,11 +207,14 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 def _lazy_tensors(file: Path, locations: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
     """The tensors of a file by name. `locations`: (shape, dtype, offset of the first byte) of each."""
-    descriptor = os.open(file, os.O_RDONLY)  # open until the process ends: a base is loaded once
+    # Opened by the first read, and open until the process ends: a base is loaded once, but its headers are read often.
+    descriptor = cache(partial(os.open, file, os.O_RDONLY))
     return {name: _tensor_in_file(file, descriptor, *location) for name, location in locations.items()}
 
 
-def _tensor_in_file(file: Path, descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> LazyTensor:
+def _tensor_in_file(
+    file: Path, descriptor: Callable[[], int], shape: tuple[int, ...], dtype: torch.dtype, start: int
+) -> LazyTensor:
     row_numel = torch.Size(shape[1:]).numel()
 
     def read(rows, columns):
@@ -218,11 +222,11 @@ def _tensor_in_file(file: Path, descriptor: int, shape: tuple[int, ...], dtype: 
         num_rows = max(0, last - first)
         if columns == slice(None):
             offset = start + first * row_numel * dtype.itemsize
-            block = _pread(descriptor, num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])
+            block = _pread(descriptor(), num_rows * row_numel, dtype, offset).view(num_rows, *shape[1:])
             return block if shape else block[0]
         left, right, _ = columns.indices(shape[1])
         block_rows = [
-            _pread(descriptor, right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)
+            _pread(descriptor(), right - left, dtype, start + (row * shape[1] + left) * dtype.itemsize)
             for row in range(first, last)
         ]
         return torch.stack(block_rows)

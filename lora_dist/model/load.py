@@ -6,6 +6,7 @@ gives this rank's rows to `QuantizeRows`. No rank ever sees the whole of a quant
 """
 
 import contextlib
+import copy
 import math
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lora_dist.boundary import boundary, read_json
@@ -46,6 +47,10 @@ LARGEST = {  # where the weights' shapes do not decide, or are compared too late
     "hidden_size": 2**20, "head_dim": 2**20, "intermediate_size": 2**24, "vocab_size": 2**28,
     "max_position_embeddings": 2**31, "num_labels": 2**16,
 }  # fmt: skip
+OTHER_WAYS = (  # to generate
+    "penalty_alpha", "dola_layers", "assistant_early_exit", "prompt_lookup_num_tokens", "guidance_scale",
+    "stop_strings", "cache_implementation", "return_dict_in_generate",
+)  # fmt: skip
 # Constants that old checkpoints hold beside the weights: masks, tables of rotary positions, versions.
 NO_WEIGHT = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|version|(attn|attention)(\.attention)?\.bias)$"
@@ -148,14 +153,42 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
 
 
 def load_generation_config(name: str) -> GenerationConfig | None:
-    """None if the model has none, as many; transformers then makes one of its config. Raises UserError if damaged."""
-    with boundary(f"--model_name_or_path {name}: generation_config.json", hint="remove or repair the file"):
+    """None if the model has none, as many; transformers then makes one of its config.
+
+    Left out are ways to generate that need code from the hub, another model or the tokenizer: samples are greedy.
+    Raises UserError if nothing can be generated with it.
+    """
+    what = f"--model_name_or_path {name}: generation_config.json"
+    with boundary(what, hint="remove or repair the file"):
         try:
-            return GenerationConfig.from_pretrained(model_path(name))
+            config = GenerationConfig.from_pretrained(model_path(name))
         except OSError:
             if (Path(model_path(name)) / "generation_config.json").exists():
                 raise
-    return None
+            return None
+        for way in OTHER_WAYS:
+            setattr(config, way, None)
+        if config.num_beams is not None and config.num_beams not in range(1, 101):
+            raise UserError(f"{what}: num_beams is {config.num_beams!r}; it must be a whole number from 1 to 100")
+        _try_to_generate(config)
+    return config
+
+
+def _try_to_generate(config: GenerationConfig) -> None:
+    """Generate one token with the smallest model, because transformers checks most of the values only there."""
+    size = dict(hidden_size=2, word_embed_proj_dim=2, ffn_dim=2, num_hidden_layers=1, num_attention_heads=1)
+    prompt, verbosity = torch.tensor([[5, 6]]), logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = OPTForCausalLM(OPTConfig(vocab_size=2**19, max_position_embeddings=8, **size))
+            model.generation_config = copy.deepcopy(config)
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False, num_beams=1,
+                num_return_sequences=1,
+            )  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _refuse_layerdrop(name: str, config: PreTrainedConfig, placement: Placement) -> None:

@@ -19,10 +19,12 @@ from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.packing import check_packing
 from lora_dist.data.rows import PreparedData, Rows, RowStream
 from lora_dist.data.tasks import TASKS, Task
+from lora_dist.embedded import model_path
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.model.adapters import check_first_adapter, check_targets, is_trained_parameter, linear_names
-from lora_dist.model.load import BaseOptions, check_weights, load_model_config, meta_model
+from lora_dist.model.lazy_weights import open_checkpoint
+from lora_dist.model.load import BaseOptions, check_weights, load_generation_config, load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.quantization import quantized_weights
@@ -56,7 +58,7 @@ def choose_precision(config: TrainConfig, launch: Launch) -> tuple[TrainConfig, 
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raises UserError if there is no such base, or nobody is logged in to push to the hub."""
+    """Raises UserError if there is no such base or its files are damaged, or nobody is logged in to push to the hub."""
     for name in ("model_name_or_path", "dataset_name"):
         require(getattr(config, name), name, None, "none is given")
     pushes = config.push_to_hub
@@ -68,6 +70,9 @@ def check_names(config: TrainConfig) -> None:
             check = check_project if variable == "WANDB_PROJECT" else check_text
             check(variable, os.environ[variable])
     load_model_config(config.model_name_or_path)
+    load_generation_config(config.model_name_or_path)
+    if Path(model_path(config.model_name_or_path)).is_dir():  # before the data; others are downloaded after it
+        open_checkpoint(config.model_name_or_path)
 
 
 def check_length(config: TrainConfig, data: PreparedData) -> None:

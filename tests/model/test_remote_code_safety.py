@@ -12,7 +12,7 @@ from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import check_adapter
-from lora_dist.model.load import load_base, load_generation_config, load_model_config, meta_model
+from lora_dist.model.load import load_base, load_model_config, meta_model
 from tests.helpers.ranks import ROOT
 
 SOURCES = [
@@ -148,16 +148,6 @@ def test_a_kernel_from_the_hub_is_refused(folder, key):
     change_json(folder / "config.json", **{key: "someone/kernel"})
     with pytest.raises(UserError, match=f"config.json: {key} someone/kernel is code from the hub"):
         load_model_config(str(folder))
-
-
-@pytest.mark.parametrize("content", ["[]", "{", '{"temperature": "hot"}', '{"custom_generate": 3}', "\x00"])
-def test_a_damaged_generation_config_is_refused_or_read(folder, content):
-    assert load_generation_config(str(folder)) is None or (folder / "generation_config.json").exists()
-    (folder / "generation_config.json").write_text(content)
-    try:
-        load_generation_config(str(folder))
-    except UserError as error:
-        assert str(error).startswith(f"--model_name_or_path {folder}: generation_config.json: ")
 
 
 @pytest.fixture
