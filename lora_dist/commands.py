@@ -116,8 +116,7 @@ def report(args) -> None:
             raise UserError(f"{folder.root}: holds no config.yaml and state.json; give a run folder")
     path = Path(args.output) if args.output else folders[0].report if len(folders) == 1 else Path("comparison.html")
     with boundary(f"--output {path}", "give another file name"):
-        if path not in [folder.report for folder in folders]:
-            require_page(path)
+        require_page(path)
         problems = write_report(folders[0], path) if len(folders) == 1 else write_comparison(folders, path)
     for problem in problems:
         print(f"warning: cannot be read: {problem}", file=sys.stderr)

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import os
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,10 +24,10 @@ from lora_dist.boundary import boundary, read_json
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatch, model_inputs
 from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
-from lora_dist.errors import RunFailed, UserError, require
+from lora_dist.errors import RunFailed, UserError, in_one_line, require
 from lora_dist.files import write_whole
 from lora_dist.model.lazy_weights import open_checkpoint, read_safetensors_header
-from lora_dist.model.load import load_generation_config, load_model_config
+from lora_dist.model.load import load_generation_config, load_model_config, original_name
 from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather
@@ -150,20 +152,45 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
 
 
 SAME_IN_ADAPTER = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")  # besides the modules; LoraConfig's names
+# LoraConfig's entries that do not change what trained weights compute, or that the names of the weights show.
+FREE_IN_ADAPTER = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "modules_to_save", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "target_parameters", "ensure_weight_tying",
+)  # fmt: skip
+BASE_IS_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights; others subtract from the base
 
 
 def check_first_adapter(config: TrainConfig) -> None:
-    """Raises UserError unless `--adapter_name_or_path` is an adapter with the LoRA settings of this run."""
-    folder = config.adapter_name_or_path
-    if not folder:
-        return
+    """Raises UserError unless `--adapter_name_or_path` is a LoRA adapter with the settings of this run.
+
+    Warns if it was trained on a base of another name.
+    """
+    folder = Path(config.adapter_name_or_path)
     what = f"--adapter_name_or_path {folder}"
-    saved = read_json(Path(folder) / "adapter_config.json", f"{what}: adapter_config.json")
-    settings = {"r": "lora_r", "bias": "lora_bias"}
+    saved = read_json(folder / "adapter_config.json", f"{what}: adapter_config.json")
+    defaults = LoraConfig().to_dict()
+    for name, value in saved.items():
+        usual = name in (*SAME_IN_ADAPTER, *FREE_IN_ADAPTER) or value in (None, {}, defaults.get(name))
+        if not usual:
+            raise UserError(f"{what}: its {name} is {in_one_line(value, 60)}, which a run cannot go on from")
+    if (init := saved.get("init_lora_weights")) not in BASE_IS_KEPT:
+        hint = "convert it to plain LoRA, see PEFT's path_initial_model_for_weight_conversion"
+        raise UserError(f"{what}: init_lora_weights {init!r} changed its base model; {hint}")
     for name in SAME_IN_ADAPTER:
-        setting = settings.get(name, name)
-        then, now = saved.get(name), getattr(config, setting)
+        setting = {"r": "lora_r", "bias": "lora_bias"}.get(name, name)
+        then, now = saved.get(name, defaults[name]), getattr(config, setting)  # older versions of PEFT lack some
         require(then == now, setting, now, f"the adapter of {what} has {then}; give that")
+    with boundary(f"{what}: adapter_model.safetensors"):
+        names = read_safetensors_header(folder / "adapter_model.safetensors")[0]
+    adapted = sorted({name.split(".")[-3] for name in names if name.endswith(".lora_A.weight")})
+    asked = config.lora_target_modules
+    why = f"the adapter of {what} is on {' '.join(adapted)}; give these"
+    require(asked == ["all-linear"] or sorted(set(asked)) == adapted, "lora_target_modules", " ".join(asked), why)
+    then, now = saved.get("base_model_name_or_path"), original_name(config.model_name_or_path)
+    if then != now and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {what} was trained on {in_one_line(then, 200)}, and this run's base is {now}", file=sys.stderr)
 
 
 def load_first_adapter(model: PeftModel, config: TrainConfig) -> None:

@@ -64,7 +64,8 @@ def check_names(config: TrainConfig) -> None:
     pushes = config.push_to_hub
     why = "no hub token here; log in with `hf auth login`, or set HF_TOKEN"
     require(not pushes or get_token(), "push_to_hub", True, why)
-    check_first_adapter(config)
+    if config.adapter_name_or_path and not _holds_a_run(config):
+        check_first_adapter(config)
     if "wandb" in config.report_to.split(","):
         for variable in {"WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY"} & os.environ.keys():
             check = check_project if variable == "WANDB_PROJECT" else check_text
@@ -73,6 +74,11 @@ def check_names(config: TrainConfig) -> None:
     load_generation_config(config.model_name_or_path)
     if Path(model_path(config.model_name_or_path)).is_dir():  # before the data; others are downloaded after it
         open_checkpoint(config.model_name_or_path)
+
+
+def _holds_a_run(config: TrainConfig) -> bool:
+    """True if the run folder holds a run."""
+    return bool(config.output_dir and (Path(config.output_dir) / "state.json").exists())
 
 
 def check_length(config: TrainConfig, data: PreparedData) -> None:
@@ -86,8 +92,8 @@ def check_length(config: TrainConfig, data: PreparedData) -> None:
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         value = getattr(config, name)
         require(data.held_out or not value, name, value, "needs held-out rows, and there are none; see --eval_fraction")
-    continued = config.output_dir and (Path(config.output_dir) / "state.json").exists()
-    if continued or config.resume_from_checkpoint not in ("auto", "none") or isinstance(data.train, RowStream):
+    continued = _holds_a_run(config) or config.resume_from_checkpoint not in ("auto", "none")
+    if continued or isinstance(data.train, RowStream):
         return
     num_steps = config.max_steps or _num_steps(config, data.train)
     check_warmup(config, num_steps)

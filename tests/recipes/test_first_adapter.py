@@ -82,3 +82,41 @@ def test_boundary_of_an_adapter_to_go_on_from(saved, config):
     file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="--adapter_name_or_path"):
         load_first_adapter(model, config)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"alpha_pattern": {"layers.0": 64}}, "its alpha_pattern is"),
+        ({"rank_pattern": {"q_proj": 4}}, "its rank_pattern is"),
+        ({"layer_replication": [[0, 1]]}, "its layer_replication is"),
+        ({"peft_type": "IA3"}, "its peft_type is IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changed its base model"),
+        ({"lora_alpha": 64}, "--lora_alpha 32: the adapter of .* has 64; give that"),
+        ({"use_dora": True}, "--use_dora False: the adapter of .* has True; give that"),
+        ({"r": "\n"}, "--lora_r 16: the adapter"),
+        ([], "must hold a dict"),
+    ],
+)
+def test_boundary_of_an_adapter_that_computes_something_else(saved, config, change, says):
+    file = saved[1] / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | change if change else change))
+    with pytest.raises(UserError, match=says) as raised:
+        check_first_adapter(dataclasses.replace(config, adapter_name_or_path=str(saved[1])))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_of_an_older_peft_other_modules_or_another_base(saved, config, capsys):
+    file = saved[1] / "adapter_config.json"
+    config = dataclasses.replace(config, adapter_name_or_path=str(saved[1]))
+    content = json.loads(file.read_text())
+    older = {name: value for name, value in content.items() if not name.startswith(("use_", "alpha_", "rank_"))}
+    file.write_text(json.dumps(older))
+    check_first_adapter(config)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--lora_target_modules q_proj: .* is on q_proj v_proj; give these"):
+        check_first_adapter(dataclasses.replace(config, lora_target_modules=["q_proj"]))
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "someone/else"}))
+    check_first_adapter(config)
+    assert "was trained on someone/else, and this run's base is" in capsys.readouterr().err

@@ -107,6 +107,13 @@ def test_safety_of_what_output_names(folder, tmp_path, make):
     assert make != "file" or path.read_text() == "mine"
 
 
+def test_safety_of_a_page_of_somebody_else_in_the_folder(folder):
+    folder.report.write_text("mine")
+    with pytest.raises(UserError, match="is there, and is no page of lora-dist"):
+        report(folder)
+    assert folder.report.read_text() == "mine"
+
+
 def test_a_page_is_drawn_again_over_itself(folder, tmp_path, capsys):
     for _ in range(2):
         report(folder, output=str(tmp_path / "a.html"))
