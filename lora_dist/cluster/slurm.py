@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lora_dist.boundary import boundary
 from lora_dist.cluster.shell import Bash, assign, code_of_user, comment, directive, quote, text_of
-from lora_dist.config import setting
+from lora_dist.config import Bounds, setting
 from lora_dist.errors import UserError, require
 
 PATIENCE_S = 120.0  # for an answer of Slurm
@@ -21,10 +21,6 @@ RANK_LAUNCHERS = ("srun", "accelerate")
 # Options of sbatch that `lora-dist submit` sets itself; --sbatch KEY=VALUE may not set them.
 RESERVED_KEYS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "output", "error", "open-mode", "signal",
                  "requeue")  # fmt: skip
-BOUNDS = {  # of the counts: least and most; Slurm keeps the seconds of --grace in 16 bits
-    "nodes": (1, 100_000), "gpus_per_node": (0, 1_000), "ranks_per_node": (0, 10_000), "grace": (1, 65_535),
-    "max_requeues": (0, 1_000_000),
-}  # fmt: skip
 # The lower half of every job file. It is ours, so it is Bash.
 BODY = Bash(Path(__file__).with_name("job_body.sh").read_text(encoding="utf-8").rstrip())
 TIME_LIMIT = re.compile(
@@ -41,9 +37,9 @@ class SlurmOptions:
     Raises UserError if a value is not valid.
     """
 
-    nodes: int = setting(1, "Number of nodes.")
-    gpus_per_node: int = setting(0, "GPUs per node; one rank runs on each.")
-    ranks_per_node: int | None = setting(None, "Ranks per node. Default: one per GPU.")
+    nodes: int = setting(1, "Number of nodes.", Bounds(1, 100_000))
+    gpus_per_node: int = setting(0, "GPUs per node; one rank runs on each.", Bounds(0, 1_000))
+    ranks_per_node: int | None = setting(None, "Ranks per node. Default: one per GPU.", Bounds(0, 10_000))
     time: str | None = setting(None, "Time limit, e.g. 90, 4:00:00 or 1-12 (a day and 12 hours). Default: the site's.")
     partition: str | None = setting(None, "Partition.")
     account: str | None = setting(None, "Account.")
@@ -61,8 +57,12 @@ class SlurmOptions:
     launcher: str = setting(
         "srun", "What starts the ranks: srun (one task per rank), or accelerate (accelerate launch on each node)."
     )
-    grace: int = setting(120, "Seconds before the time limit when the run saves and the job is requeued.")
-    max_requeues: int = setting(5, "End the job after this many requeues in a row that found no newer checkpoint.")
+    grace: int = setting(
+        120, "Seconds before the time limit when the run saves and the job is requeued.", Bounds(1, 65_535, "seconds")
+    )  # Slurm keeps them in 16 bits
+    max_requeues: int = setting(
+        5, "End the job after this many requeues in a row that found no newer checkpoint.", Bounds(0, 1_000_000)
+    )
     preflight: str = setting("true", "Check ranks, devices and links before each start of the training: true or false.")
 
     def __post_init__(self):
@@ -75,10 +75,9 @@ class SlurmOptions:
         self._check_words()
 
     def _check_counts(self) -> None:
-        for name, (least, most) in BOUNDS.items():
-            value = getattr(self, name)
-            _require(value is None or value >= least, name, value, f"must be {least} or more")
-            _require(value is None or value <= most, name, value, f"must be {most} or less")
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata["bounds"]
+            _require(bounds is None or value is None or bounds.hold(value), field.name, value, f"must be {bounds}")
         why = "must be 1 or more; or give --gpus-per-node, then one rank runs on each GPU"
         _require(self.num_local_ranks >= 1, "ranks_per_node", self.num_local_ranks, why)
 
