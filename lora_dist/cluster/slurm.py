@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_dist.boundary import boundary
 from lora_dist.cluster.shell import Bash, assign, code_of_user, comment, directive, quote, text_of
 from lora_dist.config import Bounds, setting
-from lora_dist.errors import UserError, require
+from lora_dist.errors import UserError, in_one_line, require
 
 PATIENCE_S = 120.0  # for an answer of Slurm
 RANK_LAUNCHERS = ("srun", "accelerate")
@@ -311,7 +311,8 @@ def expected_start(text: str) -> str:
     if not shutil.which("sbatch"):
         return "sbatch: not found on this machine, so the expected start is not known"
     done = _ask("sbatch", "--test-only", text=text)
-    return (done.stderr.strip().splitlines() or [f"sbatch: exit code {done.returncode}, without a message"])[-1]
+    lines = done.stderr.strip().splitlines() or [f"sbatch: exit code {done.returncode}, without a message"]
+    return in_one_line(lines[-1])
 
 
 def job_fields(job_id: object) -> dict[str, str]:

@@ -170,18 +170,18 @@ def load_generation_config(name: str) -> GenerationConfig | None:
             setattr(config, way, None)
         if config.num_beams is not None and config.num_beams not in range(1, 101):
             raise UserError(f"{what}: num_beams is {config.num_beams!r}; it must be a whole number from 1 to 100")
-        _try_to_generate(config)
+        _try_to_generate(config, load_model_config(name).get_text_config(decoder=True).vocab_size)
     return config
 
 
-def _try_to_generate(config: GenerationConfig) -> None:
+def _try_to_generate(config: GenerationConfig, vocab_size: int) -> None:
     """Generate one token with the smallest model, because transformers checks most of the values only there."""
     size = dict(hidden_size=2, word_embed_proj_dim=2, ffn_dim=2, num_hidden_layers=1, num_attention_heads=1)
-    prompt, verbosity = torch.tensor([[5, 6]]), logging.get_verbosity()
+    prompt, verbosity = torch.tensor([[0, 1]]), logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with torch.random.fork_rng(devices=[]):
-            model = OPTForCausalLM(OPTConfig(vocab_size=2**19, max_position_embeddings=8, **size))
+            model = OPTForCausalLM(OPTConfig(vocab_size=vocab_size, max_position_embeddings=8, **size))
             model.generation_config = copy.deepcopy(config)
             model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False, num_beams=1,
