@@ -1,7 +1,8 @@
 """`lora-dist submit` and `prepare`: make a recipe with its flags into a job that later edits of the code cannot change.
 
 The folder `job/` in the run folder holds job.sbatch, config.yaml (all settings, resolved), accelerate.yaml,
-accelerate.env (the variables that `accelerate launch` would set), code/ (this package and the recipe), submitted.json.
+accelerate.env (the variables that `accelerate launch` would set), code/ (this package and the recipe), manifest.json
+(the names of the files before), submitted.json.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from lora_dist.cluster.slurm import Job, SlurmOptions
 from lora_dist.config import TrainConfig
 from lora_dist.environment import COMMIT_FILE, git_commit
 from lora_dist.errors import UserError, require
-from lora_dist.files import write_whole
+from lora_dist.files import write_manifest, write_whole
 from lora_dist.flags import parse_recipe_config
 from lora_dist.run.folder import RunFolder, config_text
 
@@ -149,6 +150,7 @@ def write_job(submission: Submission, command: str, *, offline: bool) -> Path:
         _copy_code(submission.recipe, partial / "code")
         for name, text in files.items():
             write_whole(partial / name, text)
+        write_manifest(partial)
         folder.put_in_place(partial, folder.job)
     return folder.job / "job.sbatch"
 

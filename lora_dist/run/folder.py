@@ -293,7 +293,7 @@ class RunFolder:
     def make_partial(self, folder: Path) -> Path:
         """Create the empty folder in which the content of `folder` is written, for `put_in_place`."""
         path = self.partial_name(folder)
-        if os.path.lexists(path):
+        if ours.clear(path):
             ours.remove(path)
         path.mkdir(parents=True)
         return path

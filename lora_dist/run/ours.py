@@ -17,7 +17,7 @@ LEFTOVER_NAME = re.compile(r"step-[0-9]{8}\.(partial|removed(-[0-9]+)?)")  # of 
 # that the watchdog wrote on a machine with its own disk, and what an earlier start wrote before it was killed.
 BEFORE_A_RUN = (".lock", ".starts", "state.json.partial", "job", "job.partial", "job.removed*", "logs", "wandb",
                 "stacks-rank-*.txt", "*.log", "*.out", "*.err")  # fmt: skip
-# What we write into folders that are replaced or pruned. A checkpoint's manifest also names what is not listed here.
+# What we write into folders that are replaced or pruned, besides what their manifest names.
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "README.md", "README.md.partial", "labels.json",
     "labels.json.partial", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -28,8 +28,8 @@ FILES_OF = {
     "step": (MANIFEST, f"{MANIFEST}.partial", "optimizer.safetensors", "training_state.json",
              "training_state.json.partial", *(f"adapter/{name}" for name in ADAPTER_FILES)),
     "adapter": ADAPTER_FILES,
-    "job": ("job.sbatch*", "prepare.sbatch*", "config.yaml*", "accelerate.yaml*", "accelerate.env*",
-            "submitted.json*", "deepspeed.json", "*.jinja", "code/*"),
+    "job": (f"{MANIFEST}*", "prepare.sbatch*", "submitted.json*", "code/*/__pycache__/*.pyc"),
+    "job.partial": ("*",),  # only we write into a folder of this name
 }  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def refuse_files_of_others(root: Path) -> None:
             raise UserError(f"{what}: is not a folder; give another name")
         found = os.listdir(root) if root.is_dir() else ["state.json"]
     others = sorted(n for n in found if not any(fnmatch.fnmatchcase(n, p) for p in BEFORE_A_RUN))
+    if "job" in found and not read_manifest(root / "job") and any(root.glob("job/*")):
+        others.append("job")
     if others and "state.json" not in found:
         names = ", ".join(map(ascii, others[:3]))
         raise UserError(f"{what}: holds files that no run of lora-dist wrote ({names}); give an empty or new folder")
@@ -56,7 +58,7 @@ def remove_if_empty(folder: Path) -> None:
 
 def clear(folder: Path) -> list[Path]:
     """Delete what we wrote in a checkpoint, adapter or job folder. Returns what is left: files of others."""
-    kind = re.split(r"[-.]", folder.name)[0]
+    kind = folder.name if folder.name in FILES_OF else re.split(r"[-.]", folder.name)[0]
     return remove_ours(folder, [*FILES_OF[kind], *map(glob.escape, read_manifest(folder))])
 
 

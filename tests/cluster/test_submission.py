@@ -223,6 +223,22 @@ def test_safety_a_dry_run_shows_the_file_that_is_submitted_and_reads_all_that_a_
         job_files(submission, "lora-dist submit", offline=True)
 
 
+def test_safety_a_second_job_replaces_only_files_of_the_first(tmp_path, capsys):
+    submission = read(tmp_path)
+    job = write_job(submission, "lora-dist submit", offline=True).parent
+    first = {path.relative_to(job) for path in job.rglob("*")}
+    for name in ("notes.txt", "code/mine.py", "code/lora_dist/__pycache__/files.cpython-311.pyc"):
+        (job / name).parent.mkdir(exist_ok=True)
+        (job / name).write_text("of others")
+    (job.parent / "job.partial/code").mkdir(parents=True)
+    (job.parent / "job.partial/code/half.py").write_text("of a submission that was killed")
+    write_job(submission, "lora-dist submit", offline=True)
+    assert {path.relative_to(job) for path in job.rglob("*")} == first | {Path("notes.txt"), Path("code/mine.py")}
+    assert not list(job.parent.glob("job.*")) and capsys.readouterr().err == ""
+    submission.folder.drop_job()
+    assert sorted(path.name for path in job.rglob("*") if path.is_file()) == ["mine.py", "notes.txt"]
+
+
 def test_safety_prepare_hands_every_value_on_as_it_is(tmp_path, monkeypatch):
     config = dataclasses.replace(read(tmp_path).config, sample_prompt="--help $(touch MARK)\n'x'", dataset_config="-o")
     seen = []

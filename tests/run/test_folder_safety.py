@@ -42,8 +42,10 @@ def add_checkpoint(folder: RunFolder, step: int):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "adapter/notes.txt", "report.html", "metrics.jsonl", "photo.jpg", ".hidden", "job.txt"]
-)
+    "name",
+    ["config.yaml", "adapter/notes.txt", "report.html", "metrics.jsonl", "photo.jpg", ".hidden", "job.txt",
+     "job/config.yaml", "job/job.sbatch"],
+)  # fmt: skip
 def test_a_folder_with_files_of_others_is_refused_and_untouched(folder, config, name):
     write(folder.root, name)
     before = contents(folder.root)
@@ -58,6 +60,8 @@ def test_a_folder_with_files_of_others_is_refused_and_untouched(folder, config, 
 def test_logs_and_a_job_may_be_there_before_a_run(folder, names):
     folder.root.mkdir()
     write(folder.root, *names, text="")
+    if folder.job.is_dir():
+        write_manifest(folder.job)
     folder.lock()
 
 
