@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from lora_dist.boundary import one_line
 from lora_dist.data.chats import REASONING, Chat, spoken
 from lora_dist.data.tasks import IGNORE_INDEX
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, in_one_line
 
 MAX_RENDER_S = 30  # of one chat
 MAX_RENDER_BYTES = 4 * 2**30  # of new memory; a rendering of 4 million tokens needs less than 1 % of it
 MAX_TRIAL_S = 10  # of one chat with two short messages
+# Keys of a message whose values are looked for in its rendering; and one that only repeats which call is answered.
+SHOWN = ("role", "content", "tool_calls", "tool_call_id")
 Encoded = tuple[list[int], list[int]]  # token ids, labels
 Tokenized = tuple[list[int], list[tuple[int, int]]]  # token ids, first character and end of each in the text
 
@@ -149,7 +151,7 @@ class ChatTemplate:
 
     def _with_known_reasoning(self, chat: Chat) -> Chat:
         """Give reasoning the name that the template reads, if the data has another of the usual names."""
-        known = [name for name in REASONING if re.search(rf"\b{name}\b", self.source)]
+        known = [name for name in REASONING if self._reads(name)]
         if not known or not any(name in message for message in chat.messages for name in REASONING):
             return chat
         messages = []
@@ -170,12 +172,26 @@ class ChatTemplate:
             for name, part in zip(what, spoken(message), strict=True):
                 if not _is_rendered(part, text):
                     self.left_out.append((f"have a part that the chat template leaves out: {name}", where))
+            unread = [key for key in message if key not in (*SHOWN, *names) and not self._reads(key)]
+            # A template may also write all keys in a loop. A value of three characters would be found anyhow.
+            unread = [k for k in unread if len(str(message[k])) < 4 or not _is_rendered(str(message[k]), text)]
+            self._note_unread(unread, where)
             if message["role"] == "assistant" and not "".join(spoken(message)).strip():
                 self.left_out.append(("have an empty message of the assistant, which trains only its end", where))
+        self._note_unread([key for key in chat.options if key != "tools" and not self._reads(key)], where)
         for tool in chat.options.get("tools", ()):
             function = tool.get("function", tool)
             if isinstance(function, dict) and not _is_rendered(str(function.get("name", "")), text):
                 self.left_out.append(("have a part that the chat template leaves out: tools", where))
+
+    def _note_unread(self, keys: list[str], where: str) -> None:
+        for key in keys:
+            what = f"have a key that the chat template does not read: {in_one_line(key, 60)}"
+            self.left_out.append((what, where))
+
+    def _reads(self, key: str) -> bool:
+        """True if the template names the key, so that it decides itself what to do with its value."""
+        return re.search(rf"\b{re.escape(key)}\b", self.source) is not None
 
     def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
         """Add eos, unless the chat ends with a special token, as most templates end it; white space may follow it."""

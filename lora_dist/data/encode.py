@@ -16,6 +16,9 @@ from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 WHAT_HAPPENS = {"truncate": "cut off", "split": "cut into several rows", "drop": "left out"}  # to overlong rows
 
 
+MAX_NOTES = 20  # of parts of chats; data can have any number of keys
+
+
 @dataclass
 class Counts:
     """What became of the examples of one split."""
@@ -33,6 +36,8 @@ class Counts:
 
     def note(self, what: str, where: str) -> None:
         """Count an example of which something is not shown or not trained."""
+        if what not in self.left_out and len(self.left_out) >= MAX_NOTES:
+            what = "have other parts that are left out"
         self.left_out.setdefault(what, [0, where])[0] += 1
 
     def warnings(self, split: str, overlong_rows: str, max_length: int) -> list[str]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from lora_dist.data import chat_template
 from lora_dist.data.chats import read_chat
-from lora_dist.data.encode import Counts, encode
+from lora_dist.data.encode import MAX_NOTES, Counts, encode
 from lora_dist.data.formats import Encoder, load_tokenizer, mark_trained
 from lora_dist.errors import UserError
 
@@ -114,6 +114,17 @@ def test_chats_keep_their_reasoning_or_say_that_the_template_drops_it(shown, nam
 def test_chats_name_a_system_message_that_the_template_drops(shown):
     _, warnings = shown({"messages": [{"role": "system", "content": "Be terse."}, QUESTION, ANSWER]}, BARE)
     assert len(warnings) == 1 and "leaves out: the content of the role system; first: example 1" in warnings[0]
+
+
+def test_chats_name_keys_that_the_template_does_not_read(shown):
+    more = ANSWER | {"trainable": False, "mood": "4 C.", "thinking": ["a list"]}
+    _, warnings = shown({"messages": [QUESTION, more], "chat_template_kwargs": {"terse": True}}, MARKED)
+    named = [
+        line.split(": ")[1].split(";")[0] for line in warnings if "key that the chat template does not read" in line
+    ]
+    assert sorted(named) == ["terse", "thinking", "trainable"]  # the row shows the value of "mood"
+    _, warnings = shown({"messages": [QUESTION, ANSWER | {f"key_{i}": "x" for i in range(100)}]})
+    assert len(warnings) == MAX_NOTES + 1 and "81 of" not in warnings[-1] and "other parts" in warnings[-1]
 
 
 def test_chats_as_text_as_lists_and_as_parts_are_the_same(shown):
