@@ -34,6 +34,7 @@ def generate(args) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from lora_dist.model.adapters import check_adapter
+    from lora_dist.model.positions import longest_prompt
 
     check_adapter(folder)
     disable_progress_bar()
@@ -44,6 +45,10 @@ def generate(args) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompt, as_chat = _prompt_tokens(tokenizer, args.prompt, folder, bare=args.bare)
+    room = longest_prompt(model, args.max_new_tokens)
+    if room is not None and len(prompt) > room:
+        has = f"the base has {room + args.max_new_tokens} positions, and the prompt {len(prompt)} tokens"
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: {has}; generate fewer, or shorten the prompt")
     prompt_BT = torch.tensor([prompt], device=device)
     out = model.generate(
         input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=args.max_new_tokens,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lora_dist.data.formats import encode_prompt
 from lora_dist.data.micro_batches import MicroBatch, collate, model_inputs
 from lora_dist.data.tasks import IGNORE_INDEX, Task
+from lora_dist.model.positions import longest_prompt
 from lora_dist.parallel.exact_sum import block
 from lora_dist.parallel.fsdp import release
 from lora_dist.run import watchdog
@@ -111,14 +112,17 @@ def complete_samples(run: Run) -> list[dict[str, str | None]]:
     """Greedy completions of `--sample_prompt` and of the first `--num_eval_samples` held-out rows. Collective.
 
     Returns dicts with "prompt", "reference" (the row's own completion; None for `--sample_prompt`) and "completion". If
-    a row is trained from its first token on, its first half is taken as the prompt.
+    a row is trained from its first token on, its first half is taken as the prompt. Only the end is taken of a prompt
+    that leaves the model no positions for the completion.
     """
+    room = longest_prompt(run.model, MAX_NEW_TOKENS)
     samples, decode = [], partial(run.tokenizer.decode, skip_special_tokens=True)
     if run.config.sample_prompt:
         samples.append((encode_prompt(run.tokenizer, run.config.sample_prompt), None))
     if not run.training.micro_batches.task.has_classes:
         for i in range(min(run.config.num_eval_samples, len(run.held_out or ()))):
             prompt, reference = _cut(run.held_out[i], run.training.micro_batches.task)
+            prompt = prompt if room is None else prompt[-room:]
             samples.append((prompt, decode(reference[:MAX_NEW_TOKENS])))
     return [
         {"prompt": decode(prompt).rstrip(), "reference": reference, "completion": decode(complete(run, prompt))}

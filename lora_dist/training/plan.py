@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import get_token
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig, check_project, check_text, check_warmup
+from lora_dist.data.formats import encode_prompt
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.packing import check_packing
 from lora_dist.data.rows import PreparedData, Rows, RowStream
@@ -27,10 +27,12 @@ from lora_dist.model.lazy_weights import open_checkpoint
 from lora_dist.model.load import BaseOptions, check_weights, load_generation_config, load_model_config, meta_model
 from lora_dist.model.memory import Expected, expected_memory
 from lora_dist.model.placement import choose_placement
+from lora_dist.model.positions import longest_prompt, positions_of
 from lora_dist.model.quantization import quantized_weights
 from lora_dist.model.quantized_cache import check_cache
 from lora_dist.parallel.strategies import Launch, Placement, world_size
 from lora_dist.tracking.flops import BaseWork, base_work
+from lora_dist.training.evaluation import MAX_NEW_TOKENS
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -152,50 +154,34 @@ def _warn_of_stored_dtype(config: TrainConfig, dtype: torch.dtype) -> None:
             print(f"warning: {what}; {then}", file=sys.stderr)
 
 
-def positions_of(model: PreTrainedModel) -> tuple[int | None, bool]:
-    """(number of tokens that a model has positions for, True if it cannot compute more). None: it has no limit.
+def check_positions(
+    model: PreTrainedModel, config: TrainConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises UserError if a row or `--sample_prompt` is too long for the model's table of positions.
 
-    A table of positions, learned or not, ends a run with an error; rotary positions beyond those in training only give
-    worse results. `model` may be on meta.
-    """
-    tables = [
-        module.num_embeddings
-        - (module.padding_idx + 1 if module.padding_idx is not None else vars(module).get("offset", 0))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-    ]
-    tables += [len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")]  # GPT-J
-    if tables:
-        return min(tables), True
-    text = model.config.get_text_config()
-    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
-    if not limit or not rope:  # ALiBi, relative positions, Mamba
-        return None, False
-    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # the others' limit counts their scaling already
-        limit = max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
-    return limit, False
-
-
-def check_positions(model: PreTrainedModel, config: TrainConfig, data: PreparedData) -> None:
-    """Raises UserError if a row is longer than the model's table of positions; warns beyond rotary positions.
-
-    Only rows that are there count, so a large `--max_length` alone is fine. A stream's rows are not known yet.
+    Warns of rows beyond rotary positions. Only rows that are there count, so a large `--max_length` alone is fine. A
+    stream's rows are not known yet.
     """
     limit, is_table = positions_of(model)
     splits = [rows for rows in (data.train, data.held_out) if isinstance(rows, Rows)]
-    lengths = [np.max(lengths, initial=0) for rows in splits for lengths in (rows.lengths, rows.label_lengths)]
-    what = f"the longest row has {max(lengths, default=0)} tokens"
+    longest = max((np.max(n, initial=0) for rows in splits for n in (rows.lengths, rows.label_lengths)), default=0)
+    what = f"the longest row has {longest} tokens"
     if len(splits) < 2 or (config.packing and is_table):  # padding behind packed documents has positions too
-        lengths, what = [config.max_length], f"rows have up to {config.max_length} tokens"
-    if limit is None or max(lengths) <= limit:
-        return
+        longest, what = config.max_length, f"rows have up to {config.max_length} tokens"
+    if padding := -longest % config.context_parallel_size:
+        longest, what = longest + padding, f"{what} and {padding} of padding for --context_parallel_size"
     name = config.model_name_or_path
-    if is_table:
+    if is_table and longest > limit:
         why = f"{what}, and {name} has only {limit} positions; give --max_length {limit}"
         raise UserError(f"--max_length {config.max_length}: {why}, or a model with more")
-    if os.environ.get("RANK", "0") == "0":
+    if limit and longest > limit and os.environ.get("RANK", "0") == "0":
         hint = f"--max_length {limit} stays within them"
         print(f"warning: {what}, and {name} was made for {limit} positions: {hint}", file=sys.stderr)
+    room = longest_prompt(model, MAX_NEW_TOKENS)
+    if config.sample_prompt and room is not None:
+        count = len(encode_prompt(tokenizer, config.sample_prompt))
+        why = f"has {count} tokens; {name} has {limit} positions, and {MAX_NEW_TOKENS} tokens are generated: shorten it"
+        require(count <= room, "sample_prompt", config.sample_prompt, why)
 
 
 def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> BasePlan:
@@ -221,7 +207,7 @@ def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenize
     require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)
     if config.packing:
         check_packing(skeleton, config)
-    check_positions(skeleton, config, data)
+    check_positions(skeleton, config, data, tokenizer)
     placement = choose_placement(launch, config, skeleton, num_ranks=world_size(), dtype=dtype)
     expected = expected_memory(skeleton, config, placement, dtype)
     return BasePlan(dtype, placement, task, classes, expected, base_work(skeleton, config))

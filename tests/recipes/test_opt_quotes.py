@@ -219,6 +219,9 @@ def test_generate_completes_a_prompt(int8_run):
     assert answer["completion"].startswith("Two things are infinite: ") and len(answer["completion"]) > 40
     model = AutoPeftModelForCausalLM.from_pretrained(int8_run[0].adapter)
     assert model.active_adapter == "default"
+    done = launch("lora-dist", "generate", "--adapter", str(int8_run[0].adapter), "--max_new_tokens", "9999", "Hi")
+    says = "error: --max_new_tokens 9999: the base has 512 positions, and the prompt"
+    assert done.returncode == 2 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
 
 
 def test_a_tampered_adapter_is_found_out(int8_run, tmp_path, config):

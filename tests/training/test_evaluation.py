@@ -28,12 +28,13 @@ def row(ids: list[int], num_given: int) -> dict:
 def completed(monkeypatch):
     """Samples of rows, and the tokens that were given for each."""
 
-    def of(rows: list[dict], task: str = "CAUSAL_LM", **settings):
+    def of(rows: list[dict], task: str = "CAUSAL_LM", room: int | None = None, **settings):
         given = []
+        monkeypatch.setattr(evaluation, "longest_prompt", lambda model, num_new_tokens: room)
         monkeypatch.setattr(evaluation, "complete", lambda run, prompt: given.append(prompt) or [7, 8])
         config = SimpleNamespace(**({"sample_prompt": "", "num_eval_samples": 2} | settings))
         training = SimpleNamespace(micro_batches=SimpleNamespace(task=TASKS[task]))
-        run = SimpleNamespace(config=config, tokenizer=Words(), training=training, held_out=rows)
+        run = SimpleNamespace(config=config, tokenizer=Words(), training=training, held_out=rows, model=None)
         return complete_samples(run), given
 
     return of
@@ -49,6 +50,11 @@ def test_a_prompt_is_given_with_its_special_tokens(completed):
 def test_of_a_text_the_first_half_is_given(completed):
     samples, given = completed([row([0, 1, 2, 3, 4], 1), row([1, 2, 3, 4], 0), row([9], 0)])
     assert given == [[0, 1, 2], [1, 2]] and [sample["reference"] for sample in samples] == [" 3 4", " 3 4"]
+
+
+def test_of_a_prompt_that_leaves_no_positions_the_end_is_given(completed):
+    samples, given = completed([row([1, 2, 3, 4, 5, 6], 5)], room=3)
+    assert given == [[3, 4, 5]] and samples[0]["reference"] == " 6"
 
 
 def test_an_encoder_is_given_all(completed):

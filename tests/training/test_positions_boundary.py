@@ -1,5 +1,6 @@
 """Rows longer than a model's positions: refused before a run begins, or said, if the model can compute them."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -17,9 +18,11 @@ from transformers import (
 )
 
 from lora_dist.config import TrainConfig
+from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.rows import PreparedData, Rows, RowStream
 from lora_dist.errors import UserError
-from lora_dist.training.plan import check_positions, positions_of
+from lora_dist.model.positions import longest_prompt, positions_of
+from lora_dist.training.plan import check_positions
 from tests.helpers.families import CONFIGS, LLAMA_LIKE
 
 SMALL_BART = dict(vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -49,11 +52,11 @@ CONFIG = TrainConfig(model_name_or_path="base", max_length=256)
 def test_rows_beyond_a_table_are_refused(family):
     model = on_meta(TABLE[family])
     assert positions_of(model) == (64, True)
-    check_positions(model, CONFIG, data_of(64, 10))  # a large --max_length alone does not matter
+    check_positions(model, CONFIG, data_of(64, 10), None)  # a large --max_length alone does not matter
     for data in (data_of(65), data_of(3, held_out=65)):
         says = "^--max_length 256: the longest row has 65 tokens, and base has only 64 positions; give --max_length 64"
         with pytest.raises(UserError, match=says):
-            check_positions(model, CONFIG, data)
+            check_positions(model, CONFIG, data, None)
 
 
 @pytest.mark.parametrize("family", TABLE)
@@ -79,9 +82,25 @@ def test_the_first_positions_of_a_table_may_be_for_padding():
 
 def test_targets_count_too():
     model = on_meta(BartConfig(**SMALL_BART, max_position_embeddings=64), AutoModelForSeq2SeqLM)
-    check_positions(model, CONFIG, data_of(64, labels=64))
+    check_positions(model, CONFIG, data_of(64, labels=64), None)
     with pytest.raises(UserError, match="the longest row has 65 tokens"):
-        check_positions(model, CONFIG, data_of(5, labels=65))
+        check_positions(model, CONFIG, data_of(5, labels=65), None)
+
+
+def test_padding_of_context_parallelism_counts_too():
+    model, config = on_meta(CONFIGS["opt"]), dataclasses.replace(CONFIG, context_parallel_size=3)
+    check_positions(model, config, data_of(63), None)
+    with pytest.raises(UserError, match="the longest row has 64 tokens and 2 of padding for --context_parallel_size"):
+        check_positions(model, config, data_of(64), None)
+
+
+def test_a_prompt_leaves_positions_for_its_completion(tmp_path):
+    model, tokenizer = on_meta(CONFIGS["opt"]), load_tokenizer("embedded")
+    assert longest_prompt(model, 48) == 16 and longest_prompt(on_meta(CONFIGS["llama"]), 48) is None
+    for text, fits in (("Hi there", True), ("a b c d e f g h " * 3, False)):
+        config = dataclasses.replace(CONFIG, sample_prompt=text)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="^--sample_prompt .* has .* tokens;"):
+            check_positions(model, config, data_of(3), tokenizer)
 
 
 def test_what_is_not_known_before_counts_as_long_as_max_length():
@@ -89,21 +108,21 @@ def test_what_is_not_known_before_counts_as_long_as_max_length():
     stream = dataclasses.replace(data_of(3), train=RowStream(None, None, CONFIG))
     for config, data in ((CONFIG, stream), (dataclasses.replace(CONFIG, packing=True), data_of(3))):
         with pytest.raises(UserError, match="rows have up to 256 tokens, and base has only 64 positions"):
-            check_positions(model, config, data)
-        check_positions(model, dataclasses.replace(config, max_length=64), data)
+            check_positions(model, config, data, None)
+        check_positions(model, dataclasses.replace(config, max_length=64), data, None)
 
 
 @pytest.mark.parametrize("family", ROTARY)
 def test_rows_beyond_rotary_positions_are_warned_of_once(family, capsys, monkeypatch):
     model = on_meta(ROTARY[family])
-    check_positions(model, CONFIG, data_of(64))
+    check_positions(model, CONFIG, data_of(64), None)
     assert not capsys.readouterr().err
-    check_positions(model, CONFIG, data_of(65))
+    check_positions(model, CONFIG, data_of(65), None)
     says = "warning: the longest row has 65 tokens, and base was made for 64 positions: --max_length 64 stays"
     err = capsys.readouterr().err
     assert err.startswith(says) and err.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
-    check_positions(model, CONFIG, data_of(65))
+    check_positions(model, CONFIG, data_of(65), None)
     assert not capsys.readouterr().err
 
 
@@ -132,5 +151,5 @@ def test_a_model_without_a_limit_takes_rows_of_any_length(family, capsys):
     else:
         model = on_meta(UNLIMITED[family])
     assert positions_of(model) == (None, False)
-    check_positions(model, CONFIG, data_of(250))
+    check_positions(model, CONFIG, data_of(250), None)
     assert not capsys.readouterr().err
