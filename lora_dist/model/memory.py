@@ -119,11 +119,12 @@ def peak_bytes(skeleton: nn.Module, config: TrainConfig, shard_size: int, dtype:
     shapes = [weight.shape for m in skeleton.modules() for weight in quantized_weights(m).values()]
     shapes += [m.weight.shape for m in skeleton.modules() if isinstance(m, nn.Linear)]
     dequantized = max(shape[-2] * shape[-1] for shape in shapes) * dtype.itemsize
-    adapters = 4 * _adapter_numel(skeleton, config) * (4 + 2 + (config.gradient_accumulation_steps).bit_length())
+    adapters = 4 * adapter_numel(skeleton, config) * (4 + 2 + (config.gradient_accumulation_steps).bit_length())
     return int(held + gathered + dequantized + adapters + _activation_bytes(skeleton, config, dtype))
 
 
-def _adapter_numel(skeleton: nn.Module, config: TrainConfig) -> int:
+def adapter_numel(skeleton: nn.Module, config: TrainConfig) -> int:
+    """Number of elements of lora_A and lora_B. `skeleton`: the model on meta."""
     return sum(
         config.lora_r * (module.in_features + module.out_features)
         for name, module in skeleton.named_modules()

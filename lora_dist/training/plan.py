@@ -22,10 +22,11 @@ from lora_dist.data.tasks import TASKS, Task
 from lora_dist.embedded import model_path
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
+from lora_dist.files import free_bytes
 from lora_dist.model.adapters import check_first_adapter, check_targets, is_trained_parameter, linear_names
 from lora_dist.model.lazy_weights import open_checkpoint
 from lora_dist.model.load import BaseOptions, check_weights, load_generation_config, load_model_config, meta_model
-from lora_dist.model.memory import Expected, expected_memory
+from lora_dist.model.memory import Expected, adapter_numel, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.positions import longest_prompt, positions_of
 from lora_dist.model.quantization import quantized_weights
@@ -33,6 +34,7 @@ from lora_dist.model.quantized_cache import check_cache
 from lora_dist.parallel.strategies import Launch, Placement, world_size
 from lora_dist.tracking.flops import BaseWork, base_work
 from lora_dist.training.evaluation import MAX_NEW_TOKENS
+from lora_dist.units import size
 
 DTYPE_OF = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -132,6 +134,19 @@ def check_rank(model: PreTrainedModel, config: TrainConfig) -> None:
     require(config.lora_r <= widest, "lora_r", config.lora_r, why)
 
 
+def check_disk(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raises UserError if the disk of a new run's folder has no room for the adapter and one checkpoint.
+
+    Only rank 0 writes there. A checkpoint has the adapter too, and AdamW's two moments.
+    """
+    if os.environ.get("RANK", "0") != "0" or _holds_a_run(config):
+        return
+    folder = config.output_dir or "runs"
+    needed_bytes, free = 4 * torch.float32.itemsize * adapter_numel(model, config), free_bytes(Path(folder).absolute())
+    why = f"the adapter and a checkpoint need {size(needed_bytes)}, and its disk has {size(free)} free"
+    require(needed_bytes <= free, "output_dir", folder, f"{why}; give another folder")
+
+
 @dataclass(frozen=True)
 class BasePlan:
     """How the base will be loaded."""
@@ -199,6 +214,7 @@ def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenize
     require(allows, "gradient_checkpointing", config.gradient_checkpointing, why)
     check_targets(skeleton, config)
     check_rank(skeleton, config)
+    check_disk(skeleton, config)
     if config.quantized_cache:
         check_cache(skeleton, config.quantized_cache, "--quantized_cache")
     _warn_of_stored_dtype(config, dtype)

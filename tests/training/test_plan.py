@@ -148,3 +148,24 @@ def test_boundary_names_for_wandb_are_checked_before_the_run(config, monkeypatch
     check_names(dataclasses.replace(config, report_to="none"))
     with pytest.raises(UserError, match=re.escape(says)):
         check_names(dataclasses.replace(config, report_to="wandb"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_seen_before_a_run_begins(monkeypatch, tmp_path):
+    config = TrainConfig(model_name_or_path="embedded", output_dir=str(tmp_path / "run"), lora_r=8)
+    skeleton = meta_model("embedded", "int8", torch.float32)
+    adapted = {name: module for name, module in skeleton.named_modules() if name.endswith(("q_proj", "v_proj"))}
+    adapter_bytes = 4 * sum(8 * (module.in_features + module.out_features) for module in adapted.values())
+    monkeypatch.setattr(plan, "free_bytes", lambda path: 4 * adapter_bytes - 1)
+    with pytest.raises(
+        UserError, match="^--output_dir .*/run: the adapter and a checkpoint need .* free; give another"
+    ):
+        plan.check_disk(skeleton, config)
+    monkeypatch.setattr(plan, "free_bytes", lambda path: 4 * adapter_bytes)
+    plan.check_disk(skeleton, config)
+    monkeypatch.setattr(plan, "free_bytes", lambda path: 0)
+    monkeypatch.setenv("RANK", "1")
+    plan.check_disk(skeleton, config)
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state.json").touch()
+    plan.check_disk(skeleton, config)  # a run that goes on has room for what it has
