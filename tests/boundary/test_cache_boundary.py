@@ -22,7 +22,11 @@ def cache(tmp_path):
 
 
 @counts
-@pytest.mark.parametrize("name", ["fingerprint.json", "manifest.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["fingerprint.json", "manifest.json",
+     *(pytest.param(n, marks=pytest.mark.slow) for n in ("config.json", "tokenizer_config.json"))],
+)  # fmt: skip
 def test_any_file_of_a_quantized_base(count, name, cache):
     files = {path: path.read_bytes() for path in cache.iterdir()}
     skeleton, notes = meta_model("embedded", "int8", torch.float32), cache.parent / "notes.txt"

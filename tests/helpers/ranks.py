@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import lora_dist.entry
+
 # How long a test waits for what takes seconds: so that a hang ends, on any kind of CPU and on a busy machine.
 PATIENCE_S = 600
 ROOT = Path(__file__).parents[2]
@@ -180,6 +182,7 @@ def _forked_recipe(recipe, rank, num_ranks, flags, env, folder, patch):
     sys.path.insert(0, str(ROOT / "recipes"))
     sys.argv = [f"{recipe}.py", *flags]
     try:
+        lora_dist.entry.REFUSAL_S = 0.0  # no launcher is here that would end the others
         if patch:
             patch(rank)
         runpy.run_path(str(ROOT / f"recipes/{recipe}.py"), run_name="__main__")  # ends the process

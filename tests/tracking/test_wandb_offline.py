@@ -73,6 +73,7 @@ def test_killed_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
     assert {run["run_id"] for run in runs} == {folder.read_state()["wandb_run_id"]}
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with_every_step_is_there_once(whole, tmp_path):
     """Stopped at the step of an evaluation: the next start evaluates, after W&B has closed the row of that step."""
     folder = RunFolder(tmp_path / "run")

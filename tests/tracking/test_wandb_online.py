@@ -131,6 +131,7 @@ def test_a_server_that_fails_at_the_start_is_not_waited_for(folder, fake_wandb, 
     )  # by default the server is tested first, and not used
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_under_way_costs_nothing_and_a_bounded_exit(folder, fake_wandb):
     fake_wandb.fault("file_stream", code=500)
     started = time.monotonic()
@@ -152,6 +153,7 @@ def in_a_script_without_handlers(rank: int) -> None:
     impatient(rank)
 
 
+@pytest.mark.slow
 def test_the_stop_button_stops_both_ranks_after_a_step(folder, fake_wandb):
     flags = (*NO_EVAL, "--max_steps", "4000", "--output_dir", str(folder.root))
     with forked_ranks(
@@ -192,6 +194,7 @@ def test_a_loss_that_is_no_number_is_an_alert(folder, fake_wandb):
     assert title == "run: loss or gradient is not finite" and text.startswith("step 4: loss nan")
 
 
+@pytest.mark.slow
 def test_a_stalled_step_is_an_alert_and_a_failed_run(folder, fake_wandb):
     def stalls(rank: int) -> None:
         from lora_dist.training import step
