@@ -26,8 +26,9 @@ from lora_dist.data.micro_batches import MicroBatch, model_inputs
 from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
 from lora_dist.errors import RunFailed, UserError, in_one_line, require
 from lora_dist.files import write_whole
-from lora_dist.model.lazy_weights import open_checkpoint, read_safetensors_header
-from lora_dist.model.load import load_generation_config, load_model_config, original_name
+from lora_dist.model.files.configs import load_generation_config, load_model_config
+from lora_dist.model.files.lazy_weights import open_checkpoint, read_safetensors_header
+from lora_dist.model.load import original_name
 from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather

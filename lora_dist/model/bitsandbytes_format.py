@@ -10,7 +10,7 @@ from bitsandbytes.functional import QuantState
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_dist.errors import UserError, require
-from lora_dist.model.lazy_weights import LazyTensor, OwnRows
+from lora_dist.model.files.lazy_weights import LazyTensor, OwnRows
 from lora_dist.model.quantization import FORMATS, FrozenLinear, Int8, NF4Double, QuantizedWeight, quantized_weights
 
 

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_dist.data.tasks import CAUSAL_LM, Task
 from lora_dist.model.bitsandbytes_format import StoredQuantization
-from lora_dist.model.lazy_weights import LazyTensor
+from lora_dist.model.files.lazy_weights import LazyTensor
 from lora_dist.model.quantization import FrozenLinear, NF4Linear, as_integers, quantized_weights
 from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from lora_dist.parallel.fsdp import shard

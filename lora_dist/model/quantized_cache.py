@@ -40,7 +40,7 @@ from lora_dist.files import (
     write_whole,
 )
 from lora_dist.model.bitsandbytes_format import bitsandbytes_config, write_bitsandbytes
-from lora_dist.model.lazy_weights import OwnRows, weight_files, write_safetensors
+from lora_dist.model.files.lazy_weights import OwnRows, weight_files, write_safetensors
 from lora_dist.model.load import (
     FINGERPRINT,
     BaseOptions,

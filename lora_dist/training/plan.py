@@ -24,8 +24,9 @@ from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.files import free_bytes
 from lora_dist.model.adapters import check_first_adapter, check_targets, is_trained_parameter, linear_names
-from lora_dist.model.lazy_weights import open_checkpoint
-from lora_dist.model.load import BaseOptions, check_weights, load_generation_config, load_model_config, meta_model
+from lora_dist.model.files.configs import load_generation_config, load_model_config
+from lora_dist.model.files.lazy_weights import open_checkpoint
+from lora_dist.model.load import BaseOptions, check_weights, meta_model
 from lora_dist.model.memory import Expected, adapter_numel, expected_memory
 from lora_dist.model.placement import choose_placement
 from lora_dist.model.positions import longest_prompt, positions_of

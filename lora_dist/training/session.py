@@ -26,7 +26,7 @@ from lora_dist.model.adapters import (
     load_first_adapter,
     parameter_counts,
 )
-from lora_dist.model.lazy_weights import open_checkpoint, weight_files
+from lora_dist.model.files.lazy_weights import open_checkpoint, weight_files
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.placement import agree_on_placement

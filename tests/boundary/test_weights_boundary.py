@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from lora_dist.model.lazy_weights import open_checkpoint, open_weights
+from lora_dist.model.files.lazy_weights import open_checkpoint, open_weights
 from tests.helpers.properties import answered, counts, holds, json_values, mutations, words
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5, dtype=torch.int8), "c": torch.tensor(1.5)}

@@ -13,7 +13,8 @@ import torch
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
-from lora_dist.model.load import BaseOptions, check_weights, load_base, load_model_config, meta_model
+from lora_dist.model.files.configs import load_model_config
+from lora_dist.model.load import BaseOptions, check_weights, load_base, meta_model
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_dist.errors import UserError
 from lora_dist.model import loader_hooks
-from lora_dist.model.lazy_weights import open_weights
+from lora_dist.model.files.lazy_weights import open_weights
 from lora_dist.model.load import BaseOptions
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantized_cache import load_cached_base

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_dist.errors import UserError
-from lora_dist.model.lazy_weights import open_checkpoint, open_weights, read_safetensors_header, weight_files
+from lora_dist.model.files.lazy_weights import open_checkpoint, open_weights, read_safetensors_header, weight_files
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.zeros(0, 5)}
 
