@@ -24,8 +24,8 @@ def cache(tmp_path):
 @counts
 @pytest.mark.parametrize(
     "name",
-    ["fingerprint.json", "manifest.json",
-     *(pytest.param(n, marks=pytest.mark.slow) for n in ("config.json", "tokenizer_config.json"))],
+    ["fingerprint.json",
+     *(pytest.param(n, marks=pytest.mark.slow) for n in ("manifest.json", "config.json", "tokenizer_config.json"))],
 )  # fmt: skip
 def test_any_file_of_a_quantized_base(count, name, cache):
     files = {path: path.read_bytes() for path in cache.iterdir()}

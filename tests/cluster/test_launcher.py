@@ -236,7 +236,7 @@ def test_ctrl_z_stops_the_ranks_too(recipe, tmp_path):
     assert (process.returncode, err) == (0, "")
 
 
-@pytest.mark.parametrize("launcher", ["lora-dist", "torchrun"])
+@pytest.mark.parametrize("launcher", ["lora-dist", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_run_whose_launcher_is_killed_saves_and_leaves(tmp_path, launcher):
     run = RunFolder(tmp_path / "run")
     words = ["train", "opt_quotes"] if launcher == "lora-dist" else ["--nproc_per_node", "2", "recipes/opt_quotes.py"]
@@ -295,6 +295,7 @@ def test_a_rank_that_is_refused_alone_takes_those_along_that_wait_for_it(recipe,
     assert capfd.readouterr().err == "error: --dataset_name x: no such file\n"
 
 
+@pytest.mark.slow
 def test_torchrun_need_not_kill_the_ranks_that_wait_for_one_that_is_refused(recipe):
     """torchrun gives ranks 30 s to leave after a SIGTERM."""
     words = [f"{BIN}/torchrun", "--nproc_per_node", "3", recipe(REFUSED_ON_RANK_1)]

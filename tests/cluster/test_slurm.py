@@ -105,14 +105,18 @@ def held_and_total_mib(log: str) -> tuple[float, float]:
     return float(held), float(total)
 
 
-def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, tmp_path, undisturbed):
-    """Two machines x 2 ranks, fsdp. The checkout changes meanwhile. Each rank sees both devices of its machine."""
+@pytest.mark.parametrize("per_node, preflight", [(1, "false"), pytest.param(2, "true", marks=pytest.mark.slow)])
+def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(
+    cluster, tmp_path, undisturbed, per_node, preflight
+):
+    """Two machines, fsdp. The checkout changes meanwhile. Each rank sees all devices of its machine."""
     recipe = tmp_path / "my_recipe.py"
     text = (ROOT / "recipes/opt_quotes.py").read_text()
     start = 'if __name__ == "__main__":\n'
     recipe.write_text(text.replace(start, start + textwrap.indent(TELLS, "    ")))
-    options = "--preflight true --config_file accelerate_configs/fsdp.yaml"
-    job = submit(cluster, tmp_path / "run", f"--max_steps {STEPS} --save_steps 100", options=options, recipe=recipe)
+    options = f"--preflight {preflight} --gpus-per-node {per_node} --config_file accelerate_configs/fsdp.yaml"
+    flags = f"--max_steps {STEPS} --save_steps 100 --gradient_accumulation_steps {2 // per_node}"
+    job = submit(cluster, tmp_path / "run", flags, options=options, recipe=recipe)
     recipe.write_text('raise SystemExit("this is not what was submitted")')
 
     job.until_step(3)
@@ -131,7 +135,7 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     assert f"continuing from {job.folder}/checkpoints/step-{saved:08d}" in job.log
     assert job.state | {"status": "completed", "restarts": 1, "wandb_run_id": wandb_run} == job.state
     held, total = held_and_total_mib(job.log)
-    assert held == pytest.approx(total / 4, abs=0.01)
+    assert held == pytest.approx(total / 2 / per_node, abs=0.01)
     status = json.loads(cluster.run(f"{BIN}/lora-dist", "status", "--json", str(job.folder)).stdout)
     assert (status["status"], status["step"], status["job"]["JobState"]) == ("completed", STEPS, "COMPLETED")
 
@@ -139,10 +143,16 @@ def test_a_job_that_must_stop_is_requeued_and_ends_with_the_same_bytes(cluster, 
     logs = job.log + job.log_file.with_name(f"{job.job_id}-node1.log").read_text()
     assert logs.count("continuing from /") == 1  # printed by one rank, not by one rank per machine
     said = [line.split()[1:] for line in logs.splitlines() if line.startswith("rank: ")]
-    ranks = [[f"node{rank // 2 + 1}", str(rank), str(rank % 2), "4", "2", "0,1", code] for rank in range(4)]
+    devices = ",".join(map(str, range(per_node)))
+    ranks = [
+        [f"node{node + 1}", str(per_node * node + i), str(i), str(2 * per_node), str(per_node), devices, code]
+        for node in range(2)
+        for i in range(per_node)
+    ]
     assert sorted(said) == sorted(ranks * 2)  # at both starts
 
-    assert job.log.count("node2  2      cpu") == 2 and "no problems found" in job.log  # the preflight's table
+    if preflight == "true":  # its table
+        assert job.log.count("node2  2      cpu") == 2 and "no problems found" in job.log
 
 
 ODD = "a b $(touch MARK)'; touch MARK; \"#&é*~{x}"

@@ -93,7 +93,9 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    "family, quantization", families_and_formats("mixtral", "opt", "gpt2", "llama_tied", "gpt_neox", "falcon")
+    "family, quantization",
+    families_and_formats("mixtral", "opt", "gpt2", "llama_tied")
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in families_and_formats("gpt_neox", "falcon")],
 )
 def test_the_cache_has_the_same_bytes_at_any_world_size_and_gives_the_same_bits(
     tmp_path, family, quantization, monkeypatch

@@ -150,6 +150,7 @@ def test_every_recipe_refuses_a_chat_template_that_is_not_there(recipe, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_count_that_the_launcher_did_not_start_is_refused(tmp_path):
     """fsdp on one process, as `--num_processes 1` makes it."""
     done = launch(

@@ -83,6 +83,7 @@ def test_it_starts_through_accelerate(recipe, tmp_path):
     assert "ranks: 2 on cpu, mixed precision " in launch_recipe("fsdp", *flags, recipe=recipe).stdout
 
 
+@pytest.mark.slow
 def test_packing_by_its_flag(tmp_path):
     """The flag: one adapter on 2 ranks, sharded, and on one, from a stream, where one window holds all rows."""
     common = ("--max_steps", "3", "--warmup_steps", "1", "--max_length", "128", "--report_to", "none")

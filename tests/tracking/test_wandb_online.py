@@ -67,6 +67,7 @@ def test_a_run_arrives_whole(folder, fake_wandb):
     assert ("model", f"adapter-{folder.read_state()['wandb_run_id']}") in fake_wandb.artifacts
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_is_one_run_with_every_step_once(folder, fake_wandb):
     flags = (*NO_EVAL, "--output_dir", str(folder.root))
     killed_after_13(folder, *flags, env=fake_wandb.env)
@@ -78,6 +79,7 @@ def test_killed_and_gone_on_with_is_one_run_with_every_step_once(folder, fake_wa
     assert [row["train/loss"] for row in run.history] == losses
 
 
+@pytest.mark.slow
 def test_begun_offline_and_gone_on_with_online_it_is_whole_there(folder, fake_wandb):
     flags = (*NO_EVAL, "--output_dir", str(folder.root))
     killed_after_13(folder, *flags, env=fake_wandb.env | OFFLINE)
@@ -244,6 +246,7 @@ def test_a_client_that_cannot_start_costs_the_mirror_and_not_the_run(folder):
     assert len([line for line in folder.read_metrics() if "train/loss" in line]) == 4
 
 
+@pytest.mark.slow
 def test_push_replays_a_run_into_one_that_is_whole(folder, fake_wandb):
     ended = fork_ranks(*FLAGS, "--report_to", "none", "--output_dir", str(folder.root), num_ranks=2)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2]

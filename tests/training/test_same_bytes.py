@@ -94,7 +94,7 @@ FEW = ("1 rank", "2 ranks, zero3", "2 ranks, pipeline", "3 ranks, fsdp")
     "quantization, mixed_precision, names",
     [
         ("int8", "no", PLACEMENTS),
-        ("int8", "bf16", FEW),  # emulated on some CPUs, so only a few here
+        pytest.param("int8", "bf16", FEW, marks=pytest.mark.slow),  # emulated on some CPUs
         pytest.param("nf4", "no", FEW, marks=pytest.mark.slow),
     ],
 )
