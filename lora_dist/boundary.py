@@ -73,9 +73,17 @@ def read_json(path: Path | str, what: str, kind: type = dict) -> Any:
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises an exception if it is none, or if a text in it cannot be written again."""
-    content = json.loads(text)
+    content = json.loads(text, object_pairs_hook=without_repeats)
     _check_characters(text, content)
     return content
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+    """The object of these pairs. Raises ValueError if it has a key twice, because the later one would win silently."""
+    if len(values := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return values
 
 
 def _check_characters(text: str, content: Any) -> None:

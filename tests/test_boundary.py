@@ -73,6 +73,7 @@ def test_json_of_another_kind_or_too_deep(tmp_path):
         ("[" * 100_000, "RecursionError"),
         ("nope", "JSONDecodeError"),
         ('{"a": "\\udc00"}', "surrogates"),
+        ('{"a": 1, "a": 2}', "a is given twice"),
     ):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(UserError, match=says):

@@ -121,7 +121,8 @@ def _message(message, where: str) -> tuple[dict, bool]:
     for key, value in (("weight", weight), ("train", train)):
         if value not in (None, 0, 1):
             raise UserError(f"{where} has {key} {value!r}; it must be 0 or 1: a message is trained or not")
-    calls = _calls(rest.pop("tool_calls", None), where)
+    calls, call = rest.pop("tool_calls", None), rest.pop("function_call", None)  # the latter: OpenAI's, before tools
+    calls = _calls([call] if call and not calls else calls, where)
     if name.strip().lower() == "function_call":
         calls, content = _calls([_decoded(content, dict, f"{where} (function_call)")], where), ""
     read = {"role": role, "content": content, **rest} | ({"tool_calls": calls} if calls else {})

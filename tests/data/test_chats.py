@@ -61,6 +61,8 @@ def test_chats_with_tools_train_the_call(shown):
         "<|tool|>\n4</s>\n<|assistant|>\n⟦4 C.</s>⟧\n"
     )
     assert warnings == []
+    before = {"role": "assistant", "function_call": CALL["function"]}  # OpenAI's older name for it
+    assert shown({"messages": [QUESTION, before, *messages[2:]], "tools": [CALL]})[0] == row
     _, warnings = shown({"messages": messages, "tools": json.dumps([CALL])}, BARE)
     left_out = "have a part that the chat template leaves out"
     assert sorted(w.split(" examples ")[1].split(";")[0] for w in warnings) == [

@@ -143,6 +143,12 @@ BAD_FILES = {  # (file, content, words of the error)
     "a field too many": ("d.csv", 'a,b\n1,2\n"x\ny",2,3\n', "line 3: has 3 fields, but the header has 2; quote"),
     "a field too few": ("d.csv", "a,b\n\n1\n", "line 3: has 1 fields, but the header has 2"),
     "an open quote": ("d.csv", 'a,b\n1,2\n"x,2\n3,4\n', "line 3: unexpected end of data"),
+    "a key twice": ("d.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "d.jsonl: line 2: text is given twice"),
+    "a key twice in an array": (
+        "d.json",
+        '[{"text": "a"},\n{"text": "b", "x": {"y": 1, "y": 2}}]',
+        "d.json: line 2: y is given twice",
+    ),
     "a column twice": ("d.csv", "a,b,a\n1,2,3\n", "d.csv: two columns have the name a"),
     "an empty name": ("d.jsonl", '{"": "a", "text": "b"}\n', "has a column with the name ''; rename it"),
     "a name of two lines": ("d.csv", '"a\nb",text\n1,2\n', r"has a column with the name 'a\\nb'; rename it"),

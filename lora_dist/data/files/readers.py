@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from lora_dist.boundary import boundary
+from lora_dist.boundary import boundary, without_repeats
 from lora_dist.errors import UserError, require
 
 READER_VERSION = 1  # raise it if the same file would give other records
@@ -37,6 +37,7 @@ OPENER_OF_MAGIC = {
     b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 WHAT_IS_READ = f"files ending in {' '.join(KIND_OF_SUFFIX)} are read, also with {' '.join(COMPRESSED_SUFFIXES)} added"
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
 WHITE_SPACE = re.compile(r"\s*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's escape of half a character
 
@@ -101,13 +102,18 @@ def _bad(path: Path, line: int, why: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _at(path: Path, line: int) -> Iterator[None]:
-    """Turn what a parser of the block raises into the one-line error with the file's line."""
+def _at(path: Path, line: int, *, text_begins: int | None = None) -> Iterator[None]:
+    """Turn what a parser of the block raises into the one-line error with the file's line.
+
+    `text_begins`: the line on which the text begins that the parser counts from; default: `line`.
+    """
     with boundary(f"--dataset_name {path}: line {line}"):
         try:
             yield
         except json.JSONDecodeError as error:
-            raise _bad(path, line + error.lineno - 1, f"{error.msg}, at character {error.colno}") from None
+            raise _bad(
+                path, (text_begins or line) + error.lineno - 1, f"{error.msg}, at character {error.colno}"
+            ) from None
         except RecursionError:
             raise _bad(path, line, "the JSON is nested too deep") from None
 
@@ -164,14 +170,14 @@ def _objects_per_line(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.isspace():
             with _at(path, number):
-                record = _checked(path, number, json.loads(line), bool(SURROGATE.search(line)))
+                record = _checked(path, number, DECODER.decode(line), bool(SURROGATE.search(line)))
             yield number, record
 
 
 def _values(path: Path) -> Iterator[Record]:
     """The values of an array, or values that follow one another, in a file that is parsed as a whole."""
     text = "".join(line for _, line in _lines(path))
-    surrogates, decoder = bool(SURROGATE.search(text)), json.JSONDecoder()
+    surrogates = bool(SURROGATE.search(text))
     is_array, line = text.lstrip().startswith("["), 1
     counted = position = text.index("[") + 1 if is_array else 0
     line += text.count("\n", 0, counted)
@@ -179,10 +185,10 @@ def _values(path: Path) -> Iterator[Record]:
         start = WHITE_SPACE.match(text, position).end()
         if start == len(text) and not is_array or is_array and text.startswith("]", start):
             return
-        with _at(path, 1):
-            value, end = decoder.raw_decode(text, start)
-            position = _after_comma(text, end) if is_array else end
         line, counted = line + text.count("\n", counted, start), start
+        with _at(path, line, text_begins=1):
+            value, end = DECODER.raw_decode(text, start)
+            position = _after_comma(text, end) if is_array else end
         value = {"text": value} if is_array and isinstance(value, str) else value
         yield line, _checked(path, line, value, surrogates)
 

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import _get_resolved_checkpoint_files, str_to_torch_dtype
 
-from lora_dist.boundary import boundary, read_json
+from lora_dist.boundary import boundary, read_json, without_repeats
 from lora_dist.embedded import model_path
 from lora_dist.errors import UserError
 from lora_dist.files import write_whole
@@ -169,7 +169,7 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
         (header_size,) = struct.unpack("<Q", stream.read(8))
         if header_size > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"the file is truncated or damaged: it has {size} bytes, its header {header_size}")
-        header = json.loads(stream.read(header_size).decode(), object_pairs_hook=_without_repeats)
+        header = json.loads(stream.read(header_size).decode(), object_pairs_hook=without_repeats)
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
@@ -195,14 +195,6 @@ def _offsets(name: str, entry: dict) -> tuple[int, int]:
     if needed != stop - start:
         raise ValueError(f"{name} of shape {shape} needs {needed} bytes and has {stop - start}")
     return start, stop
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs. Raises ValueError if it has a name twice, because the later one would win silently."""
-    if len(dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return dict(pairs)
 
 
 def _lazy_tensors(file: Path, locations: dict[str, tuple[tuple[int, ...], torch.dtype, int]]) -> dict[str, LazyTensor]:
