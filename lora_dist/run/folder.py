@@ -130,6 +130,11 @@ class RunFolder:
     def refuse_files_of_others(self) -> None:
         """Raises UserError, before anything is written, unless the folder is absent, empty, or that of a run."""
         ours.refuse_files_of_others(self.root)
+        if self.state.exists():
+            what = f"--output_dir {self.root}: holds a run that cannot be read"
+            state = self.read_state(f"{what}: {self.state.name}")
+            if not self.holds_a_run() and not state.keys() >= {"status", "step", "facts"}:
+                raise UserError(f"{what}: {self.state.name}: no run of lora-dist wrote it; give another folder")
 
     def _try_lock(self) -> bool:
         """True if this process holds the lock now. A start that is refused deletes its lock file: then open another."""

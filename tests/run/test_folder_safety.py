@@ -54,6 +54,15 @@ def test_a_folder_with_files_of_others_is_refused_and_untouched(folder, config, 
     assert contents(folder.root) == before
 
 
+@pytest.mark.parametrize("text", ["mine", '{"a": 1}', "[]", ""])
+def test_a_state_json_of_others_is_refused_and_untouched(folder, config, text):
+    write(folder.root, "state.json", text=text)
+    before = contents(folder.root)
+    with pytest.raises(UserError, match="^--output_dir .*: holds a run that cannot be read: state.json: "):
+        folder.lock()
+    assert contents(folder.root) == before
+
+
 @pytest.mark.parametrize(
     "names", [(), ("job/job.sbatch", "logs/1-node0.log"), ("train.log", "slurm-3.out"), (".lock",)]
 )
