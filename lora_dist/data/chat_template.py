@@ -110,8 +110,9 @@ class ChatTemplate:
         """(token ids, 1 for each token that the template's {% generation %} blocks mark, else 0)."""
         with self._bounded(where):
             encoded = self.tokenizer.apply_chat_template(
-                list(chat.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **chat.options
-            )
+                list(chat.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False}, **chat.options,
+            )  # fmt: skip
         return encoded["input_ids"], encoded["assistant_masks"]
 
     def _spans(self, chat: Chat, wanted: list[bool], text: str, where: str) -> Iterator[tuple[int, int]]:

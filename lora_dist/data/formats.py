@@ -246,7 +246,7 @@ class Encoder:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt to complete, without the spaces at its end: they belong to the token of the next word."""
-    return tokenizer(prompt.rstrip())["input_ids"]
+    return tokenizer(prompt.rstrip(), verbose=False)["input_ids"]
 
 
 def mark_trained(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from lora_dist.training.evaluation import complete_samples, f1_scores
 class Words:
     """A tokenizer of numbers; 0 is special."""
 
-    def __call__(self, text: str) -> dict:
+    def __call__(self, text: str, verbose: bool) -> dict:
         return {"input_ids": [int(word) for word in text.split()]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
