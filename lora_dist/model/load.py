@@ -177,6 +177,9 @@ def check_weights(name: str, options: BaseOptions) -> None:
         tensors = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
         model, report = _load_quietly(config, BaseLoad(on_meta, tensors, stored))
     what = f"--model_name_or_path {name}: its checkpoint"
+    integers = {key for key, t in tensors.items() if key.endswith(".weight") and not t.dtype.is_floating_point}
+    if integers and not stored:
+        raise UserError(f"{what} holds {_first_names(integers)} as integers; give the one that it was quantized from")
     hint = "config.json and the weights must be of one model"
     new = {key for key in report["missing_keys"] if task.has_classes and options.will_be_trained(key)}
     if lacking := report["missing_keys"] - new:

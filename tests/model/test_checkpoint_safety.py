@@ -70,6 +70,10 @@ FAULTS = {
         lambda folder: change_weights(folder, lambda w: w.update({LAYER: w[LAYER].flatten()})),
         rf"holds {LAYER} as \(12288,\)",
     ),
+    "integers": (
+        lambda folder: change_weights(folder, lambda w: w.update({LAYER: w[LAYER].to(torch.int8)})),
+        f"holds {LAYER} as integers; give the one that it was quantized from",
+    ),
     "another kind of model": (lambda folder: set_config(folder, model_type="opt"), "lacks "),
 }  # fmt: skip
 
