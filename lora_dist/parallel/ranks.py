@@ -6,6 +6,7 @@ as on the only rank of a group of one.
 
 import datetime
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -153,7 +154,7 @@ def _meet(on_gpu: bool) -> None:
         store = dist.TCPStore(host, port, is_master=False)
     else:
         host = "127.0.0.1" if _is_one_machine() else host
-        listener = _listener(host, port) if rank == 0 else None
+        listener = _listener(host, port, others_connect=not _is_one_machine()) if rank == 0 else None
         listen = {"master_listen_fd": listener.detach()} if listener else {}
         store = dist.TCPStore(
             host, port, is_master=rank == 0, wait_for_workers=False, timeout=MEETING_TIMEOUT, **listen
@@ -164,13 +165,16 @@ def _meet(on_gpu: bool) -> None:
     )  # fmt: skip
 
 
-def _listener(host: str, port: int) -> socket.socket | None:
-    """A socket that listens on this address only; None if this machine has no such address, for example behind NAT.
+def _listener(host: str, port: int, *, others_connect: bool) -> socket.socket | None:
+    """A socket that listens on this address only; None if that would keep other machines out.
 
-    Raises UserError if the port is taken.
+    So it is if this machine has no such address (NAT), or if its own name stands for the loopback device here, as in
+    Debian's /etc/hosts. Raises UserError if the port is taken.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if others_connect and ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+            return None
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

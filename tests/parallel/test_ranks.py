@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.rows import prepare_rows
 from lora_dist.errors import UserError
-from lora_dist.parallel.ranks import check_same_on_all_ranks
+from lora_dist.parallel.ranks import _listener, check_same_on_all_ranks
 from lora_dist.parallel.strategies import STRATEGIES, Launch
 from lora_dist.training.session import what_must_be_the_same
 from tests.helpers.ranks import PATIENCE_S, ROOT, run_ranks
@@ -79,3 +79,28 @@ def test_other_rows_on_another_machine_are_refused(config, tmp_path):
         settings = dataclasses.replace(config, output_dir=str(tmp_path / name), eval_fraction=0.0)
         found = run_ranks(_compare_on_rank, 2, settings, ["\n".join(rows), "\n".join(second)])
         assert found == [None, None] if expected is None else all(expected in line for line in found)
+
+
+def test_safety_the_meeting_point_listens_on_one_address_unless_that_keeps_other_machines_out():
+    with _listener("127.0.0.1", 0, others_connect=False) as listener:
+        address, port = listener.getsockname()
+        assert address == "127.0.0.1"
+        with pytest.raises(UserError, match=f"^MASTER_PORT {port}: another process listens on it"):
+            _listener("127.0.0.1", port, others_connect=False)
+    for own_name in ("127.0.1.1", "localhost"):  # what a machine's /etc/hosts may say of its own name
+        assert _listener(own_name, 0, others_connect=True) is None
+    assert _listener("192.0.2.1", 0, others_connect=True) is None  # RFC 5737: no machine has it
+
+
+def test_safety_another_device_is_listened_on_alone():
+    """In a network namespace that has an address of its own."""
+    code = (
+        "import socket; from lora_dist.parallel.ranks import _listener;"
+        "print(_listener('10.9.8.7', 29501, others_connect=True).getsockname())"
+    )
+    setup = "ip link set lo up; ip addr add 10.9.8.7/32 dev lo"
+    command = ["unshare", "--net", "sh", "-c", f'{setup}; "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S)
+    if "unshare" in done.stderr or "ip: not found" in done.stderr or "RTNETLINK" in done.stderr:
+        pytest.skip(f"no network namespace here: {done.stderr}")
+    assert done.stdout == "('10.9.8.7', 29501)\n", done.stderr
