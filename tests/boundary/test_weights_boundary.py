@@ -60,6 +60,7 @@ def test_any_safetensors_header(count, tmp_path):
         count,
         st.one_of(changed_headers(), mutations(VALID), sizes, headers.map(file_of), st.binary(max_size=64)),
         check,
+        file_of(HEADER | {"c": HEADER["c"] | {"shape": {}}}, VALID[8 + HEADER_SIZE :]),
     )
 
 

@@ -187,7 +187,7 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
 def _offsets(name: str, entry: dict) -> tuple[int, int]:
     """First and last byte of a tensor. Raises an exception unless its shape and dtype need just as many."""
     shape, (start, stop) = entry["shape"], entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has the shape {shape} and the offsets {start}, {stop}")
     if entry["dtype"] not in str_to_torch_dtype:
         raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
