@@ -73,6 +73,10 @@ def _handle(number: int) -> None:
         if _before_leaving:
             with contextlib.suppress(Exception):
                 _before_leaving()
+        # When srun sees that a rank was refused (exit code 2), it sends SIGTERM to the others, and the job gets the
+        # highest code of all ranks: 143 would look like a lost rank, and the job would be requeued.
+        if "SLURM_PROCID" in os.environ:
+            os._exit(1)
         _leave(number)
     elif _first_asked_s is None:
         ask_to_stop()

@@ -46,6 +46,14 @@ def test_before_training_a_signal_ends_the_process_at_once(number, code):
     assert process.stdout.read() == "left\n"
 
 
+def test_before_training_a_rank_of_srun_ends_with_a_code_below_that_of_a_refusal(monkeypatch):
+    """srun gives the job the highest code of its ranks."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    process = started("signals.call_before_leaving(lambda: print('left', flush=True))\n" + WAIT_FOR_RANKS)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 1 and process.stdout.read() == "left\n"
+
+
 def test_before_training_slurms_signal_is_noted():
     process = started("print('ready', flush=True)\nwhile not signals.stop_asked(): time.sleep(0.01)\nprint('noted')")
     process.send_signal(signal.SIGUSR1)
