@@ -33,7 +33,8 @@ def generate(args) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from lora_dist.model.adapters import check_adapter
+    from lora_dist.model.adapters import check_adapter, check_loaded_adapter
+    from lora_dist.model.files.configs import load_generation_config
     from lora_dist.model.positions import longest_prompt
 
     check_adapter(folder)
@@ -44,6 +45,9 @@ def generate(args) -> None:
             folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_loaded_adapter(model, folder)
+    base = model.get_base_model()
+    base.generation_config = load_generation_config(base.name_or_path) or base.generation_config
     prompt, as_chat = _prompt_tokens(tokenizer, args.prompt, folder, bare=args.bare)
     room = longest_prompt(model, args.max_new_tokens)
     if room is not None and len(prompt) > room:
@@ -64,6 +68,7 @@ def _prompt_tokens(tokenizer, prompt: str, adapter: Path, *, bare: bool) -> tupl
     It is, unless `bare`, if the tokenizer has a template and the run did not train on rows of another format than
     chats. The state.json of the run is looked for beside the adapter and above its checkpoint.
     """
+    from lora_dist.data.chat_template import MAX_RENDER_BYTES, MAX_RENDER_S, bounds, check_that_it_ends
     from lora_dist.data.formats import encode_prompt
 
     runs = [run for run in (adapter.parent, *adapter.absolute().parents[2:3]) if (run / "state.json").is_file()]
@@ -72,7 +77,11 @@ def _prompt_tokens(tokenizer, prompt: str, adapter: Path, *, bare: bool) -> tupl
     if bare or not tokenizer.chat_template or rows not in (None, "messages"):
         return encode_prompt(tokenizer, prompt), False
     print("note: the prompt is sent through the tokenizer's chat template; --bare leaves it out", file=sys.stderr)
-    with boundary(f"--adapter {adapter}", "its chat template cannot be used; give --bare"):
+    check_that_it_ends(tokenizer, f"--adapter {adapter}: its chat template")
+    with (
+        boundary(f"--adapter {adapter}", "its chat template cannot be used; give --bare"),
+        bounds(MAX_RENDER_S, MAX_RENDER_BYTES),
+    ):
         message = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False), True
 

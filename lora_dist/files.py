@@ -24,9 +24,13 @@ QUIET_S = 10.0  # a process that waits for a lock no longer than that does not s
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves either the old file or the new one, never a part of it. Raises OSError."""
+    """Write a file so that a kill leaves either the old file or the new one, never a part of it.
+
+    Raises OSError, also if a link or a pipe has the name under which it is written first.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(partial, flags, 0o666), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -206,4 +210,5 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     except UserError:
         return {}
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
-    return files if inside and all(isinstance(entry, dict) for entry in files.values()) else {}
+    ours = all(isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values())
+    return files if inside and ours else {}

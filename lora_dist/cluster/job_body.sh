@@ -47,6 +47,7 @@ if [ "$restarts" -gt 0 ] && [ -f "$run/.starts" ]; then read -r last_step idle_s
 is_count "$last_step" || last_step=-1
 is_count "$idle_starts" || idle_starts=0
 idle_starts=$((step > last_step ? 0 : idle_starts + 1))
+[ ! -L "$run/.starts" ] && { [ ! -e "$run/.starts" ] || [ -f "$run/.starts" ]; } || refuse "$run/.starts is no file"
 echo "$step $idle_starts" >"$run/.starts"
 log "start $((restarts + 1)) on ${nodes//$'\n'/ }, run $run at step $step"
 if [ "$idle_starts" -gt "$max_requeues" ]; then

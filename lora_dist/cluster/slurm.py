@@ -109,7 +109,9 @@ class SlurmOptions:
         for command in self.setup:
             checked = subprocess.run(["bash", "-n"], input=command.encode(errors="replace"), capture_output=True)
             text = re.sub(r"[\n\t]", " ", command)
+            open_end = (len(text) - len(text.rstrip("\\"))) % 2  # a backslash that would take the next line along
             valid = text.strip() and text.isprintable() and not checked.returncode and not checked.stderr
+            valid = valid and not open_end
             _require(valid, "setup", ascii(command), "must be a complete command of bash")
 
     @property
@@ -304,6 +306,10 @@ def submit(script: Path, *options: str) -> str:
     if not found:
         raise UserError(f"sbatch: printed {ascii(done.stdout[:100])}, which is no job id; see squeue --me")
     return found[1]
+
+
+def cancel(job_id: str) -> None:
+    _ask("scancel", job_id)
 
 
 def expected_start(text: str) -> str:

@@ -87,7 +87,7 @@ class RunStatus:
 
 def _hours(seconds: float) -> str:
     """H:MM:SS, with days in front if there are any."""
-    return str(datetime.timedelta(seconds=round(min(seconds, MAX_SECONDS))))
+    return str(datetime.timedelta(seconds=round(min(max(seconds, 0), MAX_SECONDS))))
 
 
 def read_status(root: Path) -> RunStatus:
@@ -113,7 +113,7 @@ def read_status(root: Path) -> RunStatus:
     return RunStatus(
         run=str(root), status=state["status"], step=record.step, saved_step=state["step"], num_steps=num_steps,
         restarts=state["restarts"], step_time_s=step_time_s, tokens_per_second=tokens_per_second,
-        time_left_s=(num_steps - record.step) * step_time_s if has_estimate else None,
+        time_left_s=max(num_steps - record.step, 0) * step_time_s if has_estimate else None,
         silent_s=time.time() - logged if is_finite_number(logged) else None,
         loss=record.last("train/loss"), eval_loss=record.last("eval/loss"), error=record.summary.get("error"),
         job_id=job_id, job=job_fields(job_id) if job_id and JOB_ID.fullmatch(job_id) else {}, log=log,

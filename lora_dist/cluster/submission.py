@@ -189,25 +189,42 @@ def submit(submission: Submission, command: str, *, prepare: str) -> dict:
     """Write the job and submit it to Slurm. Returns the content of submitted.json.
 
     `prepare`: "here" (it was done), "job" (in another job that this job waits for) or "no". Raises UserError; then no
-    job is left.
+    job is left, and the folder has the files of the job before.
     """
     folder = submission.folder
-    script = write_job(submission, command, offline=prepare != "no")
-    submitted = {"submitted": round(time.time()), "command": command}
-    try:
-        dependency = []
-        if prepare == "job":
-            first = script.with_name("prepare.sbatch")
-            one_task = dataclasses.replace(submission, options=dataclasses.replace(submission.options, launcher="srun"))
-            write_whole(first, slurm.render_prepare(job_of(one_task, command, offline=False)))
-            submitted["prepare_job_id"] = slurm.submit(first)
-            dependency = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
-        submitted["job_id"] = slurm.submit(script, *dependency)
-    except UserError:
-        folder.drop_job()
-        raise
+    with tempfile.TemporaryDirectory() as kept:
+        earlier = Path(kept) / "job"
+        if folder.job.is_dir():
+            shutil.copytree(folder.job, earlier, symlinks=True)
+        script = write_job(submission, command, offline=prepare != "no")
+        try:
+            submitted = _submit(script, submission, command, prepare)
+        except UserError:
+            folder.drop_job()
+            if earlier.is_dir():
+                shutil.copytree(earlier, folder.job, symlinks=True, dirs_exist_ok=True)
+            raise
     submitted["log"] = str(folder.logs / f"{submitted['job_id']}-node0.log")
     write_whole(folder.job / "submitted.json", json.dumps(submitted, indent=2) + "\n")
+    return submitted
+
+
+def _submit(script: Path, submission: Submission, command: str, prepare: str) -> dict:
+    """The content of submitted.json, without the log. Raises UserError if Slurm refuses a job; then it has none."""
+    submitted = {"submitted": round(time.time()), "command": command}
+    dependency = []
+    if prepare == "job":
+        first = script.with_name("prepare.sbatch")
+        one_task = dataclasses.replace(submission, options=dataclasses.replace(submission.options, launcher="srun"))
+        write_whole(first, slurm.render_prepare(job_of(one_task, command, offline=False)))
+        submitted["prepare_job_id"] = slurm.submit(first)
+        dependency = [f"--dependency=afterok:{submitted['prepare_job_id']}", "--kill-on-invalid-dep=yes"]
+    try:
+        submitted["job_id"] = slurm.submit(script, *dependency)
+    except UserError:
+        if "prepare_job_id" in submitted:
+            slurm.cancel(submitted["prepare_job_id"])
+        raise
     return submitted
 
 

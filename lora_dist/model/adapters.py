@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 from itertools import accumulate
@@ -28,10 +29,11 @@ from lora_dist.errors import RunFailed, UserError, in_one_line, require
 from lora_dist.files import write_whole
 from lora_dist.model.files.configs import load_generation_config, load_model_config
 from lora_dist.model.files.lazy_weights import open_checkpoint, read_safetensors_header
-from lora_dist.model.load import original_name
+from lora_dist.model.load import BaseOptions, check_weights, original_name
 from lora_dist.model.quantization import FrozenLinear, quantized_weights
 from lora_dist.parallel.fsdp import release
 from lora_dist.parallel.ranks import gather
+from lora_dist.parallel.strategies import Placement
 from lora_dist.parallel.zero import is_partitioned, whole_shape
 from lora_dist.seeds import random_key
 
@@ -45,17 +47,47 @@ def check_adapter(folder: Path) -> None:
     for key in ("auto_mapping", "megatron_config"):  # PEFT imports the modules that these name
         if config.get(key):
             raise UserError(f"{what}: adapter_config.json: {key} {config[key]} names code, which is never run")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{what}: holds no {weights.name}")
-    with boundary(f"{what}: {weights.name}"):
-        read_safetensors_header(weights)
+    _read_names(folder, what)
+    _check_initialization(config, what)
+    alpha = config.get("lora_alpha", 1)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{what}: adapter_config.json: lora_alpha {alpha} is no number")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{what}: adapter_config.json: base_model_name_or_path {base!r} names no base model")
-    load_model_config(base)
+    base_config = load_model_config(base)
     load_generation_config(base)
     open_checkpoint(base)
+    if config.get("task_type") == "CAUSAL_LM" and not getattr(base_config, "quantization_config", None):
+        check_weights(base, BaseOptions("none", torch.float32, torch.device("cpu"), Placement()))
+
+
+def _read_names(folder: Path, what: str) -> list[str]:
+    """The names of an adapter's tensors. Raises UserError if its file is damaged or not there."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{what}: holds no file {weights.name}")
+    with boundary(f"{what}: {weights.name}"):
+        return list(read_safetensors_header(weights)[0])
+
+
+def _check_initialization(config: dict, what: str) -> None:
+    """Raises UserError for an adapter that PEFT made by taking a part out of the base's weights."""
+    if (init := config.get("init_lora_weights")) not in BASE_IS_KEPT:
+        hint = "convert it to plain LoRA, see PEFT's path_initial_model_for_weight_conversion"
+        raise UserError(f"{what}: init_lora_weights {init!r} changed its base model; {hint}")
+
+
+def check_loaded_adapter(model: PeftModel, folder: Path) -> None:
+    """Raises UserError unless PEFT loaded all tensors of an adapter folder, and all numbers of the model are finite."""
+    with boundary(f"--adapter {folder}", "give a folder that save_pretrained of PEFT wrote"):
+        saved = load_file(folder / "adapter_model.safetensors")
+        loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if others := sorted(saved.keys() ^ loaded.keys()):
+            raise ValueError(f"adapter_model.safetensors lacks, or has besides those of the model, {others[0]}")
+        for name, param in model.named_parameters():
+            if param.is_floating_point() and param.numel() and not all(map(math.isfinite, param.detach().aminmax())):
+                raise ValueError(f"{name} holds NaN or infinite numbers")
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -176,15 +208,12 @@ def check_first_adapter(config: TrainConfig) -> None:
         usual = name in (*SAME_IN_ADAPTER, *FREE_IN_ADAPTER) or value in (None, {}, defaults.get(name))
         if not usual:
             raise UserError(f"{what}: its {name} is {in_one_line(value, 60)}, which a run cannot go on from")
-    if (init := saved.get("init_lora_weights")) not in BASE_IS_KEPT:
-        hint = "convert it to plain LoRA, see PEFT's path_initial_model_for_weight_conversion"
-        raise UserError(f"{what}: init_lora_weights {init!r} changed its base model; {hint}")
+    _check_initialization(saved, what)
     for name in SAME_IN_ADAPTER:
         setting = {"r": "lora_r", "bias": "lora_bias"}.get(name, name)
         then, now = saved.get(name, defaults[name]), getattr(config, setting)  # older versions of PEFT lack some
         require(then == now, setting, now, f"the adapter of {what} has {then}; give that")
-    with boundary(f"{what}: adapter_model.safetensors"):
-        names = read_safetensors_header(folder / "adapter_model.safetensors")[0]
+    names = _read_names(folder, what)
     adapted = sorted({name.split(".")[-3] for name in names if name.endswith(".lora_A.weight")})
     asked = config.lora_target_modules
     why = f"the adapter of {what} is on {' '.join(adapted)}; give these"
@@ -192,6 +221,15 @@ def check_first_adapter(config: TrainConfig) -> None:
     then, now = saved.get("base_model_name_or_path"), original_name(config.model_name_or_path)
     if then != now and os.environ.get("RANK", "0") == "0":
         print(f"warning: {what} was trained on {in_one_line(then, 200)}, and this run's base is {now}", file=sys.stderr)
+
+
+def check_first_classes(config: TrainConfig, classes: list[str]) -> None:
+    """Raises UserError unless the classifier of `--adapter_name_or_path` was trained on the same classes, in order."""
+    what = f"--adapter_name_or_path {config.adapter_name_or_path}"
+    saved = read_json(Path(config.adapter_name_or_path) / "labels.json", f"{what}: labels.json", list)
+    if saved != classes:
+        then, now = (in_one_line(" ".join(map(str, names)), 100) for names in (saved, classes))
+        raise UserError(f"{what}: its classes are {then}, and the data has {now}; they must be the same")
 
 
 def load_first_adapter(model: PeftModel, config: TrainConfig) -> None:

@@ -124,9 +124,10 @@ def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     _refuse_layerdrop(name, config, options.placement)
     stored = pop_stored_quantization(name, config, options.quantization)
     tensors, not_finite = open_checkpoint(name), set()
-    watched = {key: tensor.watched(partial(not_finite.add, key)) for key, tensor in tensors.items()}
+    largest = torch.finfo(options.dtype).max
+    watched = {key: tensor.watched(partial(not_finite.add, key), largest) for key, tensor in tensors.items()}
     model, report = _load_quietly(config, BaseLoad(options, read_bitsandbytes(watched), stored))
-    _refuse_not_finite({f"{key} in {tensors[key].file.name}" for key in not_finite}, name)
+    _refuse_not_finite({f"{key} in {tensors[key].file.name}" for key in not_finite}, name, options.dtype)
     vars(model)["new_parameters"] = sorted(report["missing_keys"])  # a classifier's new head, says `check_weights`
     if options.placement.offload:
         _put_unsharded_on_device(model, options.device)
@@ -202,11 +203,12 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _refuse_not_finite(found: set[str], name: str) -> None:
-    """Raises UserError, the same one on all ranks, if one of them read NaN or an infinite number. Collective."""
+def _refuse_not_finite(found: set[str], name: str, dtype: torch.dtype) -> None:
+    """Raises UserError, the same on all ranks, if one of them read a number that `dtype` cannot hold. Collective."""
     if found := set().union(*gather(found)):
         what = f"--model_name_or_path {name}: {_first_names(found)}"
-        raise UserError(f"{what}: holds NaN or infinite numbers; download it again, or give another base")
+        too_large = " or numbers beyond float16; try bf16," if dtype == torch.float16 else ";"
+        raise UserError(f"{what}: holds NaN or infinite numbers{too_large} download it again, or give another base")
 
 
 def _first_names(names: set[str], most: int = 4) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from lora_dist.files import (
     write_whole,
 )
 from lora_dist.model.bitsandbytes_format import bitsandbytes_config, write_bitsandbytes
+from lora_dist.model.files.configs import load_model_config
 from lora_dist.model.files.lazy_weights import OwnRows, weight_files, write_safetensors
 from lora_dist.model.load import (
     FINGERPRINT,
@@ -56,7 +58,7 @@ from lora_dist.parallel.ranks import barrier, gather, num_ranks, this_rank
 from lora_dist.parallel.strategies import Placement
 from lora_dist.units import size
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILE_BYTES = 2**29  # small, so that the ranks get nearly equal numbers of bytes to checksum
 CACHE_FILES = [  # what we and transformers write into it
     "fingerprint.json*", "config.json*", "generation_config.json", "model.safetensors",
@@ -112,12 +114,14 @@ def fingerprint_of(name: str, quantization: str, dtype: torch.dtype) -> dict:
     """What a quantized base depends on: the checkpoint's files and how they are quantized; and its name."""
     files = [path.resolve() for path in weight_files(name)]  # in the hub's cache the name of a file is its checksum
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    config = json.dumps(load_model_config(name).to_diff_dict(), sort_keys=True, default=str)
     return {
         "format": FORMAT,
         "bitsandbytes": version("bitsandbytes"),
         "quantization": quantization,
         "dtype": str(dtype),
         "files": stats,
+        "config": hashlib.sha256(config.encode()).hexdigest(),
         "base": original_name(name),
     }
 

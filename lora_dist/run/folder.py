@@ -120,6 +120,8 @@ class RunFolder:
                     raise UserError(f"--output_dir {self.root}: is in use by {holder}; give another folder")
                 time.sleep(0.2)
             self._check_kinds()
+            if (text := os.pread(self._lock, 200, 0)) and not text.startswith(b"process "):
+                raise UserError(f"--output_dir {self.root}: .lock in it is of something else; move it away")
             for path in (self.state, self.config, self.starts):
                 what = f"--output_dir {self.root}: {path.name} in it"
                 self._before[path.name] = read_text(path, what) if os.path.lexists(path) else None
@@ -160,7 +162,8 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         """False also if the start that began the run was killed after its first file, state.json."""
-        return self.state.exists() and (self.config.exists() or self.metrics.exists() or self.checkpoints.exists())
+        others = (self.config, self.metrics, self.checkpoints, self.adapter)
+        return self.state.exists() and any(path.exists() for path in others)
 
     def undo(self) -> None:
         """Leave the folder as this start found it, because the start is refused. Rank 0 only.

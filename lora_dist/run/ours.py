@@ -29,7 +29,8 @@ FILES_OF = {
              "training_state.json.partial", *(f"adapter/{name}" for name in ADAPTER_FILES)),
     "adapter": ADAPTER_FILES,
     "job": (f"{MANIFEST}*", "prepare.sbatch*", "submitted.json*", "code/*/__pycache__/*.pyc"),
-    "job.partial": ("*",),  # only we write into a folder of this name
+    "job.partial": (f"{MANIFEST}*", "job.sbatch*", "config.yaml*", "accelerate.yaml*", "accelerate.env*",
+                    "deepspeed.json*", "chat_template.jinja*", "code/*"),
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def refuse_files_of_others(root: Path) -> None:
             raise UserError(f"{what}: is not a folder; give another name")
         found = os.listdir(root) if root.is_dir() else ["state.json"]
     others = sorted(n for n in found if not any(fnmatch.fnmatchcase(n, p) for p in BEFORE_A_RUN))
-    if "job" in found and not read_manifest(root / "job") and any(root.glob("job/*")):
+    if "job" in found and "job.sbatch" not in read_manifest(root / "job") and any(root.glob("job/*")):
         others.append("job")
     if others and "state.json" not in found:
         names = ", ".join(map(ascii, others[:3]))

@@ -37,7 +37,7 @@ def begin_or_resume(config: TrainConfig, recipe: str, facts: dict, num_groups: i
     why = "a restart would not find the run again; give --output_dir, or --max_restarts 0"
     require(not restarts, "output_dir", None, why)
     requested = config.resume_from_checkpoint
-    checkpoint = _find_checkpoint(Path(requested)) if requested not in ("auto", "none") else None
+    checkpoint = _find_checkpoint(Path(requested).absolute()) if requested not in ("auto", "none") else None
     source_root = checkpoint.parent.parent if checkpoint else None
     root = Path(config.output_dir or source_root or f"runs/{recipe}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     config = dataclasses.replace(config, output_dir=str(root))

@@ -47,8 +47,15 @@ MAX_STARTS, MAX_ERROR_CHARACTERS, MAX_BAD_STEPS = 30, 400, 20
 
 def require_page(path: Path) -> None:
     """Raises UserError if there is something at this path that is not a page of ours, which may be overwritten."""
-    if os.path.lexists(path) and not (path.is_file() and MARK in path.read_bytes()[:MARKED_BYTES]):
-        raise UserError(f"--output {path}: is there, and is no page of lora-dist; give another name, or remove it")
+    for name in (path, path.with_name(f"{path.name}.partial")):  # the latter: what `write_whole` writes first
+        if os.path.lexists(name) and not (name.is_file() and _begins_as_ours(name)):
+            what = "is there, and is no page of lora-dist; give another name, or remove it"
+            raise UserError(f"--output {name}: {what}")
+
+
+def _begins_as_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return MARK in file.read(MARKED_BYTES)
 
 
 def write_report(folder: RunFolder, path: Path | None = None) -> list[str]:
@@ -155,7 +162,7 @@ def _loss_charts(record: RunRecord, restart_steps: list[int]) -> list[Chart]:
 
 def _loss_unit(records: list[RunRecord]) -> str:
     """What a loss is a mean over: tokens; of a classifier of whole rows, rows or decisions."""
-    tasks = {record.config.get("task_type") for record in records}
+    tasks = {str(record.config.get("task_type")) for record in records}
     return "nats" if len(tasks) > 1 else "nats per row or class" if tasks == {"SEQ_CLS"} else "nats per token"
 
 

@@ -23,7 +23,13 @@ from lora_dist.embedded import model_path
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.files import free_bytes
-from lora_dist.model.adapters import check_first_adapter, check_targets, is_trained_parameter, linear_names
+from lora_dist.model.adapters import (
+    check_first_adapter,
+    check_first_classes,
+    check_targets,
+    is_trained_parameter,
+    linear_names,
+)
 from lora_dist.model.files.configs import load_generation_config, load_model_config
 from lora_dist.model.files.lazy_weights import open_checkpoint
 from lora_dist.model.load import BaseOptions, check_weights, meta_model
@@ -224,6 +230,8 @@ def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenize
     require(len(tokenizer) <= num_embeddings, "model_name_or_path", config.model_name_or_path, why)
     if config.packing:
         check_packing(skeleton, config)
+    if config.adapter_name_or_path and classes and not _holds_a_run(config):
+        check_first_classes(config, classes)
     check_positions(skeleton, config, data, tokenizer)
     placement = choose_placement(launch, config, skeleton, num_ranks=world_size(), dtype=dtype)
     expected = expected_memory(skeleton, config, placement, dtype)

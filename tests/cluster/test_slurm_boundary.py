@@ -108,7 +108,7 @@ def test_counts_have_bounds(name):
             SlurmOptions(**{"ranks_per_node": 2, name: value})
 
 
-@pytest.mark.parametrize("command", ["", " ", "echo 'a", "if true", "echo )", 'x="', "a\0b", "\udcff"])
+@pytest.mark.parametrize("command", ["", " ", "echo 'a", "if true", "echo )", 'x="', "a\0b", "\udcff", "a \\"])
 def test_a_setup_that_is_no_command_is_refused(command):
     with pytest.raises(UserError, match="^--setup .*: must be a complete command of bash$") as error:
         SlurmOptions(ranks_per_node=2, setup=[command])

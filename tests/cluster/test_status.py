@@ -10,7 +10,7 @@ import yaml
 from lora_dist.cluster import status
 from lora_dist.cluster.status import comparison, read_status
 from lora_dist.errors import UserError
-from lora_dist.run.folder import RunFolder
+from lora_dist.run.folder import STEP, RunFolder
 
 RUNNING = {
     "JobState": "RUNNING", "NodeList": "node[1-2]", "RunTime": "01:02:03", "TimeLimit": "04:00:00", "Restarts": "2",
@@ -78,6 +78,15 @@ def test_failed_and_offline(folder):
     assert "failed, step 30 of 200" in text and "error: rank 3 (node2) is gone" in text and "left" not in text
     assert f"wandb: upload with: wandb sync {folder.root}/wandb/offline-run-1-abc" in text
     assert folder.read_state()["rank_lost"] is True
+
+
+@pytest.mark.parametrize("step_time_s", [1.5, 1e90])
+def test_a_run_that_is_longer_than_it_says_has_no_time_left(folder, step_time_s):
+    folder.num_steps = 1
+    folder.write_state("running", 0)
+    line = {STEP: 31, "time": time.time(), "perf/step_time_s": step_time_s, "perf/tokens_per_second": 1.0}
+    folder.metrics.write_text(json.dumps(line) + "\n")
+    assert " left" not in read_status(folder.root).text()
 
 
 def test_a_job_that_did_not_start(tmp_path, monkeypatch):

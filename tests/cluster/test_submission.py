@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from lora_dist import cli, environment
-from lora_dist.cluster import submission
+from lora_dist.cluster import slurm, submission
 from lora_dist.cluster.recipe import LAUNCHER_PREFIXES
 from lora_dist.cluster.slurm import SlurmOptions
-from lora_dist.cluster.submission import job_files, job_of, prepare, read_submission, write_job
+from lora_dist.cluster.submission import job_files, job_of, prepare, read_submission, submit, write_job
 from lora_dist.errors import UserError
 from tests.helpers.ranks import BIN, ROOT
 
@@ -237,6 +237,40 @@ def test_safety_a_second_job_replaces_only_files_of_the_first(tmp_path, capsys):
     assert not list(job.parent.glob("job.*")) and capsys.readouterr().err == ""
     submission.folder.drop_job()
     assert sorted(path.name for path in job.rglob("*") if path.is_file()) == ["mine.py", "notes.txt"]
+
+
+def test_safety_a_job_that_slurm_refuses_leaves_the_job_before_and_none_in_slurm(tmp_path, monkeypatch):
+    submission, asked = read(tmp_path), []
+    monkeypatch.setattr(slurm, "submit", lambda script, *_: asked.append(script.name) or str(len(asked)))
+    monkeypatch.setattr(slurm, "cancel", lambda job_id: asked.append(f"cancel {job_id}"))
+    submit(submission, "first", prepare="no")
+    before = {path: path.read_bytes() for path in (tmp_path / "run/job").rglob("*") if path.is_file()}
+
+    def refuse(script, *options):
+        asked.append(script.name)
+        if script.name == "job.sbatch":
+            raise UserError("sbatch: no")
+        return "7"
+
+    monkeypatch.setattr(slurm, "submit", refuse)
+    with pytest.raises(UserError, match="sbatch: no"):
+        submit(submission, "second", prepare="job")
+    assert asked == ["job.sbatch", "prepare.sbatch", "job.sbatch", "cancel 7"]
+    assert {path: path.read_bytes() for path in (tmp_path / "run/job").rglob("*") if path.is_file()} == before
+
+
+def test_safety_files_of_others_in_a_job_folder_with_a_manifest_of_others(tmp_path):
+    job = tmp_path / "run/job"
+    job.mkdir(parents=True)
+    (job / "data.csv").write_text("of others")
+    (job / "manifest.json").write_text('{"data.csv": {"rows": 1}}')
+    (tmp_path / "b/run/job.partial").mkdir(parents=True)
+    (tmp_path / "b/run/job.partial/notes.txt").write_text("of others")
+    with pytest.raises(UserError, match="holds files that no run of lora-dist wrote .'job'."):
+        write_job(read(tmp_path), "lora-dist submit", offline=True)
+    assert (job / "data.csv").read_text() == "of others"
+    write_job(read(tmp_path / "b"), "lora-dist submit", offline=True)
+    assert (tmp_path / "b/run/job.removed/notes.txt").read_text() == "of others"
 
 
 def test_safety_prepare_hands_every_value_on_as_it_is(tmp_path, monkeypatch):

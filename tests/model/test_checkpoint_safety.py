@@ -167,6 +167,25 @@ def test_the_largest_finite_weights_pass(tmp_path):
     assert load_base(str(folder), quantization="int8").lm_head.weight.max() == torch.finfo(torch.float16).max
 
 
+def test_numbers_that_fp16_cannot_hold_are_named(tmp_path):
+    folder = make_checkpoint("llama", tmp_path)
+    change_weights(folder, lambda w: w.update({LAYER: w[LAYER].float()}))
+    spoil(folder, LAYER, 1e6)
+    load_base(str(folder), quantization="int8", dtype=torch.float32)
+    with pytest.raises(UserError, match=f"{LAYER} in .*: holds NaN or infinite numbers or numbers beyond float16; try"):
+        load_base(str(folder), quantization="int8", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_weights_that_are_not_finite_are_named(tmp_path, dtype):
+    folder = make_checkpoint("llama", tmp_path)
+    change_weights(folder, lambda w: w.update({LAYER: w[LAYER].to(dtype)}))
+    load_base(str(folder), quantization="none", dtype=torch.float32)
+    change_weights(folder, lambda w: w[LAYER].view(torch.uint8).flatten()[-1:].fill_(0x7F))
+    with pytest.raises(UserError, match=f"{LAYER} in model.safetensors: holds NaN"):
+        load_base(str(folder), quantization="none", dtype=torch.float32)
+
+
 def test_scales_of_a_quantized_base_that_are_not_finite_are_named(tmp_path):
     config, cache = replace(options(), quantization="nf4"), tmp_path / "cache"
     load_cached_base("embedded", config, cache=str(cache))

@@ -140,10 +140,16 @@ def _touch_source(cache, path):
     os.utime(path / "model.safetensors", ns=(1, 1))
 
 
+def _change_config(cache, path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+
+
 SPOILERS = {
     "no manifest": (lambda cache, path: (cache / "manifest.json").unlink(), "incomplete"),
     "cut short": (lambda cache, path: os.truncate(cache / "model.safetensors", 5000), "incomplete"),
     "a flipped bit": (_flip_a_byte, "damaged"),
+    "another config": (_change_config, "made with another config"),
     "another source": (_touch_source, "made with another files"),
 }
 

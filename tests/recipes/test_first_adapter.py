@@ -11,6 +11,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.adapters import (
     add_adapters,
     check_first_adapter,
+    check_first_classes,
     load_first_adapter,
     save_adapter,
     trainable_parameters,
@@ -120,3 +121,13 @@ def test_an_adapter_of_an_older_peft_other_modules_or_another_base(saved, config
     file.write_text(json.dumps(content | {"base_model_name_or_path": "someone/else"}))
     check_first_adapter(config)
     assert "was trained on someone/else, and this run's base is" in capsys.readouterr().err
+
+
+def test_boundary_of_an_adapter_of_other_classes(tmp_path, config):
+    """Rows of a classifier's head belong to classes by their order."""
+    config = dataclasses.replace(config, adapter_name_or_path=str(tmp_path))
+    (tmp_path / "labels.json").write_text('["bad", "good"]')
+    check_first_classes(config, ["bad", "good"])
+    for classes in (["good", "bad"], ["bad", "good", "new"]):
+        with pytest.raises(UserError, match="its classes are bad good, and the data has .*; they must be the same"):
+            check_first_classes(config, classes)

@@ -171,7 +171,7 @@ def test_a_completed_run_is_nothing_to_do_unless_it_is_lengthened(run):
     assert opened(config, max_steps=8, allow_config_change=["max_steps"]).resume_from == folder.checkpoint(4)
 
 
-def test_an_asked_checkpoint(run, tmp_path):
+def test_an_asked_checkpoint(run, tmp_path, monkeypatch):
     config, folder = run
     for step in (2, 4):
         add_checkpoint(folder, step, config)
@@ -184,6 +184,10 @@ def test_an_asked_checkpoint(run, tmp_path):
     assert opened(config, resume_from_checkpoint=newest).resume_from == folder.checkpoint(4)
     in_place = opened(config, resume_from_checkpoint=str(folder.root), output_dir=None)
     assert in_place.root == folder.root and in_place.resume_from == folder.checkpoint(4)
+    with monkeypatch.context() as inside:
+        inside.chdir(folder.checkpoints)
+        in_place = opened(config, resume_from_checkpoint="step-00000004", output_dir=None)
+        assert in_place.root == folder.root and in_place.resume_from == folder.checkpoint(4)
     branch = opened(config, resume_from_checkpoint=older, output_dir=str(tmp_path / "branch"))
     assert branch.root != folder.root and branch.resume_from == folder.checkpoint(2) and branch.restarts == 0
     assert branch.facts == FACTS | {"from": older}

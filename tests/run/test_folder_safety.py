@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
 from lora_dist.files import MANIFEST, is_complete, write_manifest
 from lora_dist.model.adapters import compare_tensors
@@ -52,6 +53,37 @@ def test_a_folder_with_files_of_others_is_refused_and_untouched(folder, config, 
     with pytest.raises(UserError, match="holds files that no run of lora-dist wrote .*give an empty or new folder"):
         folder.lock()
     assert contents(folder.root) == before
+
+
+def test_an_adapter_beside_state_json_alone_is_refused_and_untouched(folder, config):
+    """Both are all that `generate` reads, so somebody may keep only these."""
+    folder.root.mkdir()
+    folder.begin(dataclasses.replace(config, output_dir=str(folder.root)))
+    folder.config.unlink()
+    write(folder.adapter, "adapter_model.safetensors")
+    before = contents(folder.root)
+    with pytest.raises(UserError, match="holds a run that cannot be read: config.yaml"):
+        begin_or_resume(dataclasses.replace(config, output_dir=str(folder.root)), "r", dict(FACTS), 1)
+    assert contents(folder.root) == before
+
+
+@pytest.mark.parametrize("make", ["text", "link", "pipe"])
+def test_what_has_the_name_of_a_file_of_ours_is_kept(folder, tmp_path, make):
+    folder.root.mkdir()
+    target = tmp_path / "target"
+    target.write_text("mine")
+    lock, partial = folder.root / ".lock", folder.root / "state.json.partial"
+    if make == "text":
+        lock.write_text("mine")
+        with pytest.raises(UserError, match=".lock in it is of something else"):
+            folder.lock()
+        assert lock.read_text() == "mine"
+        return
+    partial.symlink_to(target) if make == "link" else os.mkfifo(partial)
+    folder.lock()
+    with pytest.raises(UserError, match="^--output_dir .*: cannot be written: "):
+        folder.begin(TrainConfig(model_name_or_path="embedded", dataset_name="embedded", max_steps=4))
+    assert target.read_text() == "mine" and partial.is_symlink() == (make == "link")
 
 
 @pytest.mark.parametrize("text", ["mine", '{"a": 1}', "[]", ""])

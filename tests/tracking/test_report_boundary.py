@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 
 import pytest
 
@@ -112,6 +113,25 @@ def test_safety_of_a_page_of_somebody_else_in_the_folder(folder):
     with pytest.raises(UserError, match="is there, and is no page of lora-dist"):
         report(folder)
     assert folder.report.read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", ["file", "link", "pipe"])
+def test_safety_of_what_is_beside_the_page(folder, tmp_path, make):
+    """A page is written under this name first."""
+    path, partial = tmp_path / "a.html", tmp_path / "a.html.partial"
+    (tmp_path / "target").write_text("mine")
+    {"file": lambda: partial.write_text("mine"), "pipe": lambda: os.mkfifo(partial),
+     "link": lambda: partial.symlink_to(tmp_path / "target")}[make]()  # fmt: skip
+    with pytest.raises(UserError, match=f"^--output {partial}: is there, and is no page of lora-dist"):
+        report(folder, output=str(path))
+    assert not path.exists() and (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_config_that_is_not_of_a_run_is_compared_all_the_same(folder, tmp_path):
+    text = folder.config.read_text()
+    folder.config.write_text(re.sub("^task_type: .*$", "task_type: [a]", text, flags=re.MULTILINE))
+    report(folder, folder, output=str(tmp_path / "b.html"))
+    assert (tmp_path / "b.html").exists()
 
 
 def test_a_page_is_drawn_again_over_itself(folder, tmp_path, capsys):
