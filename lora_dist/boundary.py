@@ -5,9 +5,10 @@ Outside are flags, YAML, data, templates, model folders, adapters, caches, run f
 
 import contextlib
 import json
+import multiprocessing
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ def boundary(what: str, hint: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
             raise
         raise UserError(f"{what}: {one_line(error)}" + (f"; {hint}" if hint else "")) from error
+
+
+def ends_within(seconds: float, work: Callable[[], Any]) -> bool:
+    """False if the work does not end in time. A process of its own tries it, because only a process can be killed.
+
+    Errors count as an end. For what is a program from outside: templates, regular expressions.
+    """
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    trial = multiprocessing.get_context("fork").Process(target=attempt, daemon=True)
+    trial.start()
+    trial.join(seconds)
+    if not trial.is_alive():
+        return True
+    trial.kill()
+    trial.join()
+    return False
 
 
 def one_line(error: BaseException, max_chars: int = 300) -> str:

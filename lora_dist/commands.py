@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from lora_dist.boundary import boundary, read_json
@@ -40,7 +41,8 @@ def generate(args) -> None:
     check_adapter(folder)
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with boundary(f"--adapter {folder}"):
+    with boundary(f"--adapter {folder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing keys: `check_loaded_adapter` refuses them
         model = AutoPeftModelForCausalLM.from_pretrained(
             folder, dtype="auto" if device == "cuda" else torch.float32, device_map=device, trust_remote_code=False
         )

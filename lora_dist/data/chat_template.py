@@ -5,7 +5,6 @@ gets bounds in time and memory.
 """
 
 import contextlib
-import multiprocessing
 import re
 import resource
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_dist.boundary import one_line
+from lora_dist.boundary import ends_within, one_line
 from lora_dist.data.chats import REASONING, Chat, spoken
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.errors import UserError, in_one_line
@@ -238,20 +237,12 @@ def bounds(seconds: float, num_bytes: int) -> Iterator[None]:
 
 
 def check_that_it_ends(tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
-    """Raises UserError if the template does not end on a small chat. A process of its own tries it and can be killed.
+    """Raises UserError if the template does not end on a small chat. A real chat may have what this one lacks."""
 
-    Errors of the template count as an end: a real chat may have what this one lacks.
-    """
-    trial = multiprocessing.get_context("fork").Process(target=_try, args=(tokenizer,), daemon=True)
-    trial.start()
-    trial.join(MAX_TRIAL_S)
-    if trial.is_alive():
-        trial.kill()
-        trial.join()
+    def render() -> None:
+        with bounds(2 * MAX_TRIAL_S, MAX_RENDER_BYTES):
+            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            tokenizer.apply_chat_template(chat, tokenize=False)
+
+    if not ends_within(MAX_TRIAL_S, render):
         raise UserError(f"{setting}: it did not end in {MAX_TRIAL_S} s for a chat of two words; mend its loops")
-
-
-def _try(tokenizer: PreTrainedTokenizerBase) -> None:
-    with contextlib.suppress(Exception), bounds(2 * MAX_TRIAL_S, MAX_RENDER_BYTES):
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokenizer.apply_chat_template(chat, tokenize=False)

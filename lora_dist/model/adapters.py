@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
-from lora_dist.boundary import boundary, read_json
+from lora_dist.boundary import boundary, ends_within, read_json
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatch, model_inputs
 from lora_dist.data.tasks import CLASSIFIER_HEADS, TASKS
@@ -37,6 +38,7 @@ from lora_dist.parallel.strategies import Placement
 from lora_dist.parallel.zero import is_partitioned, whole_shape
 from lora_dist.seeds import random_key
 
+MAX_MATCH_S = 5  # of one pattern with the names of all modules
 LINEARS = (nn.Linear, FrozenLinear, Conv1D)
 
 
@@ -57,9 +59,20 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{what}: adapter_config.json: base_model_name_or_path {base!r} names no base model")
     base_config = load_model_config(base)
     load_generation_config(base)
-    open_checkpoint(base)
+    names = [key.removesuffix(".weight") for key in open_checkpoint(base)]
+    for pattern in _patterns(config):
+        if not ends_within(MAX_MATCH_S, lambda p=pattern: [re.fullmatch(p, name) for name in names]):
+            raise UserError(f"{what}: adapter_config.json: the pattern {pattern[:60]!r} did not end in {MAX_MATCH_S} s")
     if config.get("task_type") == "CAUSAL_LM" and not getattr(base_config, "quantization_config", None):
         check_weights(base, BaseOptions("none", torch.float32, torch.device("cpu"), Placement()))
+
+
+def _patterns(config: dict) -> list[str]:
+    """The regular expressions of an adapter_config.json, which PEFT matches with the names of modules."""
+    found = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    of_ranks = [config.get(key) for key in ("rank_pattern", "alpha_pattern")]
+    found += [pattern for patterns in of_ranks if isinstance(patterns, dict) for pattern in patterns]
+    return [pattern for pattern in found if isinstance(pattern, str)]
 
 
 def _read_names(folder: Path, what: str) -> list[str]:

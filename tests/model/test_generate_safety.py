@@ -14,6 +14,7 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
+from lora_dist.model import adapters
 from lora_dist.model.adapters import add_adapters, save_adapter
 from lora_dist.model.load import load_base
 
@@ -62,6 +63,9 @@ FAULTS = {
     "NaN": (lambda a, b: change_tensors(a / ADAPTER, lambda t: t[NAME].fill_(float("nan"))), "holds NaN"),
     "alpha": (lambda a, b: change_json(a / CONFIG, lora_alpha=float("nan")), "lora_alpha nan is no number"),
     "PiSSA": (lambda a, b: change_json(a / CONFIG, init_lora_weights="pissa"), "changed its base model"),
+    "a pattern that does not end": (
+        lambda a, b: change_json(a / CONFIG, target_modules="(([a-z_.0-9]+)+)+X"), "the pattern .* did not end in 1 s"
+    ),
     "a pipe": (lambda a, b: pipe(a / ADAPTER), "is no file"),
     "NaN in the base": (
         lambda a, b: change_tensors(
@@ -77,7 +81,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_fit_is_one_line(folders, fault):
+def test_what_does_not_fit_is_one_line(folders, fault, monkeypatch):
+    monkeypatch.setattr(adapters, "MAX_MATCH_S", 1)
     spoil, says = FAULTS[fault]
     spoil(*folders)
     with pytest.raises(UserError, match=says) as raised:
