@@ -187,5 +187,5 @@ def test_an_adapter_with_damaged_weights_is_refused(adapter, content):
 
 def test_an_adapter_of_pickles_is_not_read(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(UserError, match="holds no file adapter_model.safetensors"):
         check_adapter(adapter)

@@ -252,14 +252,14 @@ def _open_bin(file: Path) -> dict[str, LazyTensor]:
         tensors = torch.load(file, weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError("it holds something else than tensors by name")
-    ends = _ends_in_zip(file)
+    ends = _ends_in_zip(file) if zipfile.is_zipfile(file) else {}
     return _lazy_tensors(file, {name: _location_in_zip(tensor, ends) for name, tensor in tensors.items()})
 
 
 def _ends_in_zip(file: Path) -> dict[int, int]:
     """{offset of the first byte: offset behind the last} of each entry. Only an entry's own header says where it is."""
     ends = {}
-    with zipfile.ZipFile(file) as archive, open(file, "rb") as stream:
+    with zipfile.ZipFile(file) as archive, open(file, "rb", buffering=0) as stream:
         for entry in archive.infolist():
             stream.seek(entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))  # of its name and extra field
