@@ -95,7 +95,8 @@ def read_json(path: Path | str, what: str, kind: type = dict) -> Any:
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises an exception if it is none, or if a text in it cannot be written again."""
     content = json.loads(text, object_pairs_hook=without_repeats)
-    _check_characters(text, content)
+    if HALF_CHARACTER.search(text):
+        check_characters(content)
     return content
 
 
@@ -107,10 +108,12 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict:
     return values
 
 
-def _check_characters(text: str, content: Any) -> None:
-    """Raises UnicodeEncodeError for half a character, as JSON and YAML can spell it: no file could be made of it."""
-    if HALF_CHARACTER.search(text):
-        json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()
+def check_characters(content: Any) -> None:
+    """Raises UnicodeEncodeError for half a character, as JSON and YAML can spell it: no file could be made of it.
+
+    It takes longer than to read the content. If the text does not match HALF_CHARACTER, there is none.
+    """
+    json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()
 
 
 def read_yaml_settings(path: Path | str, what: str, *, as_text: bool = False) -> dict:
@@ -126,7 +129,8 @@ def read_yaml_settings(path: Path | str, what: str, *, as_text: bool = False) ->
     with boundary(what):
         _check_events(text)
         content = yaml.load(text, _Texts if as_text else _UniqueKeys)
-        _check_characters(text, content)
+        if HALF_CHARACTER.search(text):
+            check_characters(content)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

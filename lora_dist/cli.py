@@ -14,7 +14,7 @@ from lora_dist.entry import end_process
 from lora_dist.errors import UserError, did_you_mean, require
 
 # The commands whose words after the recipe, or all of them, are the settings of a recipe.
-MAX_NEW_TOKENS = Bounds(1, 1_000_000, "tokens")
+NEW_TOKENS = Bounds(1, 1_000_000, "tokens")
 READ_RECIPE_FLAGS = ("doctor", "prepare", "submit", "train")
 EPILOG = """\
 start here:
@@ -84,8 +84,8 @@ def _check_values(args: argparse.Namespace) -> None:
             if isinstance(text, str):
                 check_text(f"--{FLAGS.get(name, name)}", text, many_lines=name == "prompt")
     if "max_new_tokens" in args:
-        fits = MAX_NEW_TOKENS.hold(args.max_new_tokens)
-        require(fits, "max_new_tokens", args.max_new_tokens, f"must be {MAX_NEW_TOKENS}")
+        fits = NEW_TOKENS.hold(args.max_new_tokens)
+        require(fits, "max_new_tokens", args.max_new_tokens, f"must be {NEW_TOKENS}")
     if "project" in args and args.project is not None:
         check_project("--project", args.project)
 

@@ -153,8 +153,9 @@ def _meet(on_gpu: bool) -> None:
             return
         store = dist.TCPStore(host, port, is_master=False)
     else:
-        host = "127.0.0.1" if _is_one_machine() else host
-        listener = _listener(host, port, others_connect=not _is_one_machine()) if rank == 0 else None
+        is_alone = _is_one_machine()
+        host = "127.0.0.1" if is_alone else host
+        listener = _listener(host, port, others_connect=not is_alone) if rank == 0 else None
         listen = {"master_listen_fd": listener.detach()} if listener else {}
         store = dist.TCPStore(
             host, port, is_master=rank == 0, wait_for_workers=False, timeout=MEETING_TIMEOUT, **listen

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from lora_dist.boundary import boundary, without_repeats
+from lora_dist.boundary import HALF_CHARACTER, boundary, check_characters, without_repeats
 from lora_dist.errors import UserError, require
 
 READER_VERSION = 1  # raise it if the same file would give other records
@@ -39,7 +39,6 @@ OPENER_OF_MAGIC = {
 WHAT_IS_READ = f"files ending in {' '.join(KIND_OF_SUFFIX)} are read, also with {' '.join(COMPRESSED_SUFFIXES)} added"
 DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
 WHITE_SPACE = re.compile(r"\s*")
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's escape of half a character
 
 Record = tuple[int, dict]  # the line on which it begins, counting from 1; {column: value}
 
@@ -170,14 +169,14 @@ def _objects_per_line(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.isspace():
             with _at(path, number):
-                record = _checked(path, number, DECODER.decode(line), bool(SURROGATE.search(line)))
+                record = _checked(path, number, DECODER.decode(line), bool(HALF_CHARACTER.search(line)))
             yield number, record
 
 
 def _values(path: Path) -> Iterator[Record]:
     """The values of an array, or values that follow one another, in a file that is parsed as a whole."""
     text = "".join(line for _, line in _lines(path))
-    surrogates = bool(SURROGATE.search(text))
+    surrogates = bool(HALF_CHARACTER.search(text))
     is_array, line = text.lstrip().startswith("["), 1
     counted = position = text.index("[") + 1 if is_array else 0
     line += text.count("\n", 0, counted)
@@ -207,5 +206,5 @@ def _checked(path: Path, line: int, value, surrogates: bool) -> dict:
         raise _bad(path, line, f"holds a {type(value).__name__}, not an object whose keys are the columns")
     if surrogates:
         with boundary(f"--dataset_name {path}: line {line}", "half of an escaped character is missing"):
-            json.dumps(value, ensure_ascii=False).encode()
+            check_characters(value)
     return value
