@@ -295,7 +295,7 @@ class LoraSettings:
     loraplus_lr_ratio: float | None = setting(
         None,
         "LoRA+: learning rate of lora_B as a multiple of the learning rate of lora_A, e.g. 16.",
-        Bounds(0, 1_000_000, without="low"),
+        Bounds(1e-6, 1_000_000),
     )
 
     adapter_name_or_path: str | None = setting(
@@ -325,7 +325,9 @@ class OptimizationSettings:
         Bounds(0, 10_000, "epochs", without="low"),
         resume="ask",
     )
-    learning_rate: float = setting(2e-4, "Highest learning rate.", Bounds(0, 1, without="low and high"), resume="ask")
+    learning_rate: float = setting(  # fp32 holds nothing that is much smaller
+        2e-4, "Highest learning rate.", Bounds(1e-30, 1, without="high"), resume="ask"
+    )
     warmup_steps: int = setting(100, "Number of steps of linear warm-up.", STEPS_OR_0, resume="ask")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", "Schedule of the learning rate after the warm-up.", resume="ask"
@@ -347,6 +349,8 @@ class OptimizationSettings:
         require(not both, "max_steps", self.max_steps, why)
         if self.max_steps:
             check_warmup(self, self.max_steps)
+        norm = self.max_grad_norm
+        require(norm == 0 or norm >= 1e-6, "max_grad_norm", norm, "must be 0, for no clipping, or 1e-6 or more")
         ratio = self.loraplus_lr_ratio or 1
         why = f"times --learning_rate {rate} is {rate * ratio:.3g}, the rate of lora_B; it must be below 1"
         require(rate * ratio < 1, "loraplus_lr_ratio", ratio, why)

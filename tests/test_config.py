@@ -138,6 +138,9 @@ def test_boundary_a_name_is_one_short_line(name, text, says):
             "--loraplus_lr_ratio 1000.0: times --learning_rate 0.01 is 10",
         ),
         ("--weight_decay 500 --learning_rate 0.01", "--weight_decay 500.0: times --learning_rate 0.01 is 5"),
+        ("--learning_rate 1e-300", "--learning_rate 1e-300: must be 1e-30 or more and below 1"),
+        ("--loraplus_lr_ratio 1e-300", "--loraplus_lr_ratio 1e-300: must be 1e-06 or more and at most 1,000,000"),
+        ("--max_grad_norm 1e-300", "--max_grad_norm 1e-300: must be 0, for no clipping, or 1e-6 or more"),
         (
             "--per_device_train_batch_size 65536 --gradient_accumulation_steps 1000 --max_length 512",
             "--gradient_accumulation_steps 1000 --max_length 512: 33,554,432,000 tokens per rank and step",

@@ -5,6 +5,8 @@ gets bounds in time and memory.
 """
 
 import contextlib
+import html
+import json
 import re
 import resource
 import signal
@@ -14,9 +16,11 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lora_dist.boundary import ends_within, one_line
+from lora_dist.boundary import boundary, ends_within, one_line
 from lora_dist.data.chats import REASONING, Chat, spoken
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.errors import UserError, in_one_line
@@ -41,9 +45,10 @@ class ChatTemplate:
         """`setting`: where the template is from, for messages, e.g. "--chat_template t.jinja". Raises UserError."""
         self.tokenizer, self.train_on_inputs, self.setting = tokenizer, train_on_inputs, setting
         self.source = str(tokenizer.chat_template)
-        self.marks_assistant = bool(re.search(r"\{%-?\s*generation\b", self.source))
         self.left_out: list[tuple[str, str]] = []
         check_that_it_ends(tokenizer, setting)
+        with boundary(setting):
+            self.reads_marks = not train_on_inputs and marks_assistant(tokenizer)
 
     def encode(self, chats: list[Chat], places: list[str]) -> list[Encoded]:
         """(token ids, labels) of each chat. `places`: where each is from; the error for one that cannot be rendered
@@ -54,7 +59,7 @@ class ChatTemplate:
         for chat, text, where in zip(chats, texts, places, strict=True):
             self._note_what_is_missing(chat, text, where)
         # The marks come with token ids of their own.
-        tokenized = [None] * len(texts) if self.marks_assistant and not self.train_on_inputs else self._tokenize(texts)
+        tokenized = [None] * len(texts) if self.reads_marks else self._tokenize(texts)
         return [self._label(*row) for row in zip(chats, places, texts, tokenized, strict=True)]
 
     def _tokenize(self, texts: list[str]) -> list[Tokenized]:
@@ -202,10 +207,39 @@ class ChatTemplate:
         return [*ids, eos], [*labels, eos]
 
 
+def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if a chat template of the tokenizer has {% generation %} blocks, which mark the tokens to train.
+
+    Raises ValueError for a block inside of something whose text is put together before it is written, for example a
+    macro: transformers would then mark another place. Raises jinja2's errors for a template with a wrong syntax.
+    """
+    buffered = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
+    template, found = tokenizer.chat_template, False
+    for source in template.values() if isinstance(template, dict) else [template]:
+        tree = _compile_jinja_template(source).environment.parse(source)
+        blocks = [block for block in tree.find_all(nodes.CallBlock) if _is_generation(block)]
+        outer = [*tree.find_all(buffered), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
+        if inside := {id(block) for block in blocks} & {id(b) for o in outer for b in o.find_all(nodes.CallBlock)}:
+            line = next(block.lineno for block in blocks if id(block) in inside)
+            raise ValueError(
+                f"line {line}: {{% generation %}} is inside a macro, a call, a filter, a set block, a recursive loop "
+                "or another {% generation %}, where transformers marks the wrong tokens; move it out"
+            )
+        found = found or bool(blocks)
+    return found
+
+
+def _is_generation(block: nodes.CallBlock) -> bool:
+    called = getattr(block.call, "node", None)
+    return isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support"
+
+
 def _is_rendered(part: str, text: str) -> bool:
     """True if the text shows the part: as it is, or written as JSON or HTML writes it."""
     part = part.strip()
-    return part in text or all(word in text for word in re.findall(r"\w{4,}", part)[:20])
+    written = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1], html.escape(part))
+    words = re.findall(r"\w{4,}", part)[:20]
+    return any(form in text for form in written) or bool(words) and all(word in text for word in words)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,14 @@ Sources: OpenAI's fine-tuning format (messages with role, content, tool_calls an
 (conversations with from and value; columns system and tools) and TRL's (messages, tools, chat_template_kwargs).
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
+from lora_dist.boundary import one_line, parse_json
 from lora_dist.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")  # that chat templates know
@@ -18,6 +22,9 @@ OTHER_NAMES = {
 }  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates and data sets give to one thing
 OTHER_COLUMNS = ("system", "tools", "chat_template_kwargs")  # beside the messages, if the data set has them
+# Arguments of the call that renders a chat. All but two change what becomes of the text, so no data may set them.
+ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+NOT_FOR_DATA = ARGUMENTS - {"tools", "documents", "kwargs"}
 
 
 @dataclass(frozen=True)
@@ -67,29 +74,36 @@ def read_chat(example: dict, columns: tuple[str, ...], where: str) -> Chat:
 def _options(example: dict, where: str) -> dict:
     tools = _decoded(example.get("tools"), list, f"{where}: column tools")
     options = _decoded(example.get("chat_template_kwargs"), dict, f"{where}: column chat_template_kwargs") or {}
-    for tool in tools or ():
-        if not isinstance(tool, dict):
-            raise UserError(f"{where}: column tools must hold a list of objects, one per function")
-    return options | ({"tools": tools} if tools else {})
+    options = _without_nulls(options) | ({"tools": tools} if tools else {})
+    if refused := sorted(options.keys() & NOT_FOR_DATA):
+        raise UserError(
+            f"{where}: column chat_template_kwargs sets {refused[0]}, which is an argument of the call that renders a "
+            "chat; only variables of the chat template can be set"
+        )
+    for name in ("tools", "documents"):
+        items = options.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise UserError(f"{where}: {name} must hold a list of objects")
+    return options
 
 
 def _decoded(value, kind: type, what: str):
     """A value of this kind; also from the JSON text of one. None if there is none. Raises UserError."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
+            value = parse_json(value) if value.strip() else None
+        except (json.JSONDecodeError, RecursionError):
             raise UserError(f"{what} holds text that is not JSON; it must hold a {kind.__name__}") from None
+        except ValueError as error:
+            raise UserError(f"{what} holds JSON text that cannot be used: {one_line(error)}") from None
     if value is not None and not isinstance(value, kind):
         raise UserError(f"{what} holds a {type(value).__name__}; it must hold a {kind.__name__}")
-    return _without_nulls(value)
+    return value
 
 
-def _without_nulls(value):
-    """Without the keys that are null: Arrow adds them wherever another row has that key."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_nulls(value: dict) -> dict:
+    """Without the keys that are null, which here mean that there is nothing. What a value holds stays as it is."""
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _messages(value, column: str, where: str) -> list[tuple[dict, bool]]:
@@ -106,7 +120,7 @@ def _messages(value, column: str, where: str) -> list[tuple[dict, bool]]:
 def _message(message, where: str) -> tuple[dict, bool]:
     if not isinstance(message, dict):
         raise UserError(f"{where} is a {type(message).__name__}; it must have a role and content (or from and value)")
-    rest = dict(message)
+    rest = _without_nulls(message)
     name = rest.pop("role", None) or rest.pop("from", None)
     if not isinstance(name, str):
         raise UserError(f"{where} has no role; it must have a role and content (or from and value)")
@@ -136,8 +150,10 @@ def _content(content, where: str) -> str:
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             text = part.get("text") if isinstance(part, dict) else part
-            if kind != "text" or not isinstance(text, str):
+            if kind != "text":
                 raise UserError(f"{where} has a part of type {kind!r}; only parts of type text are supported")
+            if not isinstance(text, str):
+                raise UserError(f"{where} has a part whose text is a {type(text).__name__}; it must be text")
             texts.append(text)
         return "".join(texts)
     if content is not None and not isinstance(content, str):
@@ -152,9 +168,11 @@ def _calls(calls, where: str) -> list[dict]:
     """
     calls, found = _decoded(calls, list, f"{where}: tool_calls") or [], []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        call = _without_nulls(call) if isinstance(call, dict) else {}
+        function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where} has a tool call without the name of a function")
+        function = _without_nulls(function)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _decoded(arguments, dict, f"{where}: the arguments of {function['name']}") or {}

@@ -1,5 +1,6 @@
 """Examples for classifiers: a text with its class or classes (SEQ_CLS), or words with a class each (TOKEN_CLS)."""
 
+import math
 from collections import Counter
 
 from datasets import ClassLabel, Dataset
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import Document, Encoded, Encoder
-from lora_dist.data.sources import Examples
+from lora_dist.data.sources import ORIGIN, Examples, where_from
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 from lora_dist.errors import require
 
@@ -28,10 +29,43 @@ def name_classes(train: Dataset, column: str, num_labels: int | None) -> dict[ob
     feature = getattr(train.features[column], "feature", train.features[column])
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
-    lists = (value if isinstance(value, list) else [value] for value in train[column])
-    counts = Counter(value for values in lists for value in values if value is not None)
+    counts = Counter(value for values in train[column] for value in as_classes(values) if value is not None)
     by_frequency = sorted(counts, key=lambda value: (-counts[value], str(value)))
     return {value: str(value) for value in sorted(by_frequency[:num_labels], key=str)}
+
+
+def as_classes(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+class ClassColumn:
+    """Checks that the examples' classes are of one form: all are lists, or none is, and all values are of one type.
+
+    Without that, the text "1" and the number 1 would be two classes with one name, or true and 1 one class.
+    """
+
+    def __init__(self, column: str):
+        self.column, self.is_list, self.type = column, None, None
+
+    def fault(self, value) -> str | None:
+        """What is wrong with the value of the next example; None if nothing is."""
+        if value is None:
+            return None
+        for item in as_classes(value):
+            if item is None:
+                continue
+            if not isinstance(item, str | int | float) or isinstance(item, float) and not math.isfinite(item):
+                found = item if isinstance(item, float) else f"a {type(item).__name__}"
+                return f"{self.column} holds {found}; a class is text or a number"
+            self.type = self.type or type(item)
+            if type(item) is not self.type:
+                types = f"{self.type.__name__} and {type(item).__name__}"
+                return f"{self.column} holds {item!r}, so its classes are of two types, {types}; write them alike"
+        self.is_list = isinstance(value, list) if self.is_list is None else self.is_list
+        if isinstance(value, list) != self.is_list:
+            forms = ("one class", "a list of classes")
+            return f"{self.column} holds {forms[not self.is_list]}, and {forms[self.is_list]} before; write them alike"
+        return None
 
 
 class ClassEncoder(Encoder):
@@ -56,6 +90,9 @@ class ClassEncoder(Encoder):
         why = f"has no effect: {config.dataset_name} lists the classes of {label} itself"
         require(not (self.listed_by_data and config.num_labels), "num_labels", config.num_labels, why)
         require(config.num_labels != 1, "num_labels", 1, "must be 2 or more: a classifier needs two classes")
+        self.forms = ClassColumn(label)
+        for origin, value in zip(examples.train[ORIGIN], examples.train[label], strict=True):
+            self._check_form(value, where_from(origin))
         names = name_classes(examples.train, label, config.num_labels)
         self.classes = list(names.values())  # names, by class number
         self.number_of_value = {value: number for number, value in enumerate(names)}
@@ -63,13 +100,22 @@ class ClassEncoder(Encoder):
         why = f"holds one class, {' '.join(self.classes)}; a classifier needs two or more"
         require(len(self.classes) > 1, "dataset_label_field", label, why)
 
+    def _check_form(self, value, number: str) -> None:
+        if why := self.forms.fault(value):
+            raise self._malformed(number, why)
+
     def read(self, example: dict, number: str) -> Document:
         text, labels = example[self.text_column], example[self.label_column]
+        self._check_form(labels, number)
         if not self.per_token:
             return Document(number, (self._text(example, self.text_column, number),), labels=labels)
         if not (isinstance(text, list) and isinstance(labels, list) and len(text) == len(labels)):
             why = f"{self.text_column} must hold a list of words, and {self.label_column} as many classes"
             raise self._malformed(number, why)
+        for word in text:
+            if not isinstance(word, str):
+                why = f"{self.text_column} holds the word {word!r}, which is a {type(word).__name__}; it must be text"
+                raise self._malformed(number, why)
         return Document(number, tuple(text), labels=labels)
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
@@ -89,6 +135,8 @@ class ClassEncoder(Encoder):
                 why = f"none of its classes {document.labels} is among the classes of the training examples"
                 raise self._malformed(document.number, f"{why}; correct it, leave it out, or give it an empty list")
             return [int(number in present) for number in range(len(self.classes))]
+        if self.forms.is_list:  # and this row does not say which classes it has
+            return [IGNORE_INDEX] * len(self.classes)
         number = self._class_number(document.labels, document)
         return [IGNORE_INDEX if number is None else number]
 

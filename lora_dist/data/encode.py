@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 
+from lora_dist.boundary import boundary
 from lora_dist.config import TrainConfig
-from lora_dist.data.formats import Encoded, Encoder
-from lora_dist.data.sources import ORIGIN, as_examples, read_batches
+from lora_dist.data.formats import Document, Encoded, Encoder
+from lora_dist.data.sources import ORIGIN, as_examples, read_batches, where_from
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 
 WHAT_HAPPENS = {"truncate": "cut off", "split": "cut into several rows", "drop": "left out"}  # to overlong rows
@@ -72,8 +73,7 @@ def encode(
     with tqdm(total=total, desc="tokenizing", unit=" examples", disable=total is None, **timing) as bar:
         for batch in read_batches(examples, config.dataset_name):
             documents = [
-                encoder.read(example, _origin(example, counts.examples + i))
-                for i, example in enumerate(as_examples(batch), 1)
+                _read(example, encoder, config, counts.examples + i) for i, example in enumerate(as_examples(batch), 1)
             ]
             counts.examples += len(documents)
             filled = [document for document in documents if not document.is_empty]
@@ -87,10 +87,22 @@ def encode(
             bar.update(len(documents))
 
 
-def _origin(example: dict, number: int) -> str:
-    """Where the example is from, for messages. `number`: of the example in its split, from 1."""
+def _read(example: dict, encoder: Encoder, config: TrainConfig, number: int) -> Document:
+    """The example's columns, read by the encoder. `number`: of the example in its split, from 1. Raises UserError."""
     origin = example.pop(ORIGIN, number)
-    return origin if isinstance(origin, str) else f"example {origin}"
+    if isinstance(origin, str):  # a line of a text file, whose values are as they stand there
+        return encoder.read(example, origin)
+    where = where_from(origin)
+    with boundary(f"--dataset_name {config.dataset_name}: {where}"):  # it may be nested too deep
+        example = {column: _without_added_nulls(value) for column, value in example.items()}
+    return encoder.read(example, where)
+
+
+def _without_added_nulls(value):
+    """Without the keys that are null: Arrow adds them wherever another row has that key."""
+    if isinstance(value, dict):
+        return {key: _without_added_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_added_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _cut_and_count(row: Encoded, config: TrainConfig, counts: Counts, row_hashes: set[bytes]) -> Iterator[Encoded]:

@@ -114,6 +114,8 @@ class Document:
 class Encoder:
     """Reads examples of one format (`read`), and turns them into token ids and labels (`__call__`)."""
 
+    reads_chats = False  # True as soon as a prompt turns out to be messages
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, columns: list[str]):
         """`columns`: of the data set. Raises UserError if settings, columns and tokenizer do not fit together."""
         self.tokenizer, self.config, self.columns = tokenizer, config, columns
@@ -128,11 +130,11 @@ class Encoder:
 
     @property
     def unread(self) -> list[str]:
-        """Columns of the data set that this format does not read."""
+        """Columns of the data set that this format does not read. To be asked after the examples were read."""
         read = {
             "text": [self.config.dataset_text_field or "text"], "alpaca": ["instruction", "input", "output"],
             "messages": [_find_column("messages", self.columns), *OTHER_COLUMNS],
-            "prompt_completion": ["prompt", "completion"],
+            "prompt_completion": ["prompt", "completion", *(OTHER_COLUMNS if self.reads_chats else ())],
             "classes": [self.config.dataset_text_field or "text", self.config.dataset_label_field],
         }[self.format]  # fmt: skip
         return [column for column in self.columns if column not in read]
@@ -145,28 +147,38 @@ class Encoder:
             return self._chat(example, (_find_column("messages", self.columns),), number)
         if self.format == "alpaca":
             return self._instruction(example, number)
-        if isinstance(example["prompt"], str | None):
+        if not any(isinstance(example[column], list | dict) for column in COLUMNS["prompt_completion"]):
             return Document(number, (self._text(example, "prompt", number), self._text(example, "completion", number)))
         self._require_template("prompt_completion")
+        self.reads_chats = True
         return self._chat(example, ("prompt", "completion"), number)
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
         """(token ids, labels) of each document, of any length. Raises UserError if a chat cannot be rendered."""
         if self.format == "text":
             return [self._with_eos(ids, ids) for ids in self._tokenize([document.text for document in documents])]
-        if all(document.parts for document in documents):
-            pairs = [document.parts for document in documents]
-            return self._targets(pairs) if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions(pairs)
+        pairs = [document.parts for document in documents if not document.chat]
+        chats = [document for document in documents if document.chat]
+        encode = self._targets if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions
+        encoded_pairs, encoded_chats = iter(encode(pairs) if pairs else []), iter(self._encode_chats(chats))
+        return [next(encoded_chats if document.chat else encoded_pairs) for document in documents]
+
+    def _encode_chats(self, documents: list[Document]) -> list[Encoded]:
+        if not documents:
+            return []
         places = [self._where(document.number) for document in documents]
         return self.template.encode([document.chat for document in documents], places)
 
     def _tokenize(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, with one bos at most: the text may begin with the bos that the tokenizer adds."""
+        """Token ids of each text. What the tokenizer adds is there once, even if the text begins or ends with it."""
         if not texts:
             return []
         encoded = self.tokenizer(texts, verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
-        twice = [self.tokenizer.bos_token_id] * 2 if add_special_tokens else None
-        return [ids[1:] if ids[:2] == twice else ids for ids in encoded]
+        return [_without_twins(ids, *self._added) for ids in encoded] if add_special_tokens else encoded
+
+    @cached_property
+    def _added(self) -> tuple[int | None, int | None]:
+        return _added_tokens(self.tokenizer)
 
     def _with_eos(self, ids: list[int], labels: list[int]) -> Encoded:
         """Add a trained eos token, so that the model learns where a text ends."""
@@ -179,8 +191,9 @@ class Encoder:
         """Prompt and completion as one sequence, of which the completion is trained."""
         prompts = self._tokenize([prompt for prompt, _ in pairs])
         joined = self._tokenize([prompt + completion for prompt, completion in pairs])
-        eos = self.tokenizer.eos_token_id
-        prompts = [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in prompts]
+        if self._added[1] is not None:
+            written = [prompt.endswith(self.tokenizer.eos_token) for prompt, _ in pairs]
+            prompts = [ids if its_own else ids[:-1] for ids, its_own in zip(prompts, written, strict=True)]
         # If a token would reach from the prompt into the completion, the completion is tokenized by itself.
         apart = [i for i, prompt in enumerate(prompts) if joined[i][: len(prompt)] != prompt]
         completions = self._tokenize([pairs[i][1] for i in apart], add_special_tokens=False)
@@ -246,7 +259,20 @@ class Encoder:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt to complete, without the spaces at its end: they belong to the token of the next word."""
-    return tokenizer(prompt.rstrip(), verbose=False)["input_ids"]
+    return _without_twins(tokenizer(prompt.rstrip(), verbose=False)["input_ids"], *_added_tokens(tokenizer))
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """The bos that a tokenizer puts before each text, and the eos that it puts after it; None for what it does not."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos, eos = (tokenizer.bos_token_id, ids[0]), (tokenizer.eos_token_id, ids[-1])
+    return tuple(token if token == found and len(ids) > 1 else None for token, found in (bos, eos))
+
+
+def _without_twins(ids: list[int], bos: int | None, eos: int | None) -> list[int]:
+    """Without the bos or eos that was added to a text which has one already."""
+    ids = ids[1:] if bos is not None and ids[:2] == [bos] * 2 else ids
+    return ids[:-1] if eos is not None and ids[-2:] == [eos] * 2 else ids
 
 
 def mark_trained(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ because of one.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from lora_dist.errors import UserError, require
 from lora_dist.files import MANIFEST, is_complete, locked, made_whole, write_manifest
 
 # Version of the cache's files. Raise it if the same data would give other rows, or if the files change.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 ROW_FILES = ("train.arrow", "held-out.arrow", "report.json", f"{MANIFEST}*")
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
@@ -138,7 +138,7 @@ def prepare_rows(
     examples = load_examples(config, transform)
     encoder = choose_encoder(tokenizer, config, examples)
     prepare = _prepare_stream if config.streaming else _prepare_cached
-    data = replace(prepare(examples, encoder, config), unread=tuple(getattr(encoder, "unread", ())))
+    data = prepare(examples, encoder, config)
     if config.strict and data.warnings():
         raise UserError(f"--strict True: the data causes warnings: {'; '.join(data.warnings())}")
     return data
@@ -151,7 +151,7 @@ def _prepare_stream(examples: Examples, encoder: Encoder, config: TrainConfig) -
         counts["held-out"] = held_out
     stream = RowStream(examples, encoder, config)
     next(iter(stream))  # so that an unreadable stream is refused here, before a model is loaded
-    return PreparedData(stream, Rows.of(rows), counts, encoder.format, config)
+    return PreparedData(stream, Rows.of(rows), counts, encoder.format, config, unread=tuple(encoder.unread))
 
 
 def _prepare_cached(examples: Examples, encoder: Encoder, config: TrainConfig) -> PreparedData:
@@ -160,7 +160,8 @@ def _prepare_cached(examples: Examples, encoder: Encoder, config: TrainConfig) -
     train, held_out = (Rows(Dataset.from_file(str(folder / f"{split}.arrow"))) for split in ("train", "held-out"))
     counts = {split: Counts(**counts) for split, counts in report["counts"].items()}
     classes = getattr(encoder, "classes", None)
-    return PreparedData(train, held_out, counts, encoder.format, config, report["num_held_out_in_train"], classes)
+    in_both, unread = report["num_held_out_in_train"], tuple(report["unread"])
+    return PreparedData(train, held_out, counts, encoder.format, config, in_both, classes, unread)
 
 
 def _tokenize_once(examples: Examples, encoder: Encoder, config: TrainConfig) -> Path:
@@ -209,6 +210,7 @@ def _tokenize(examples: Examples, encoder: Encoder, config: TrainConfig, folder:
     report = {
         "counts": {split: asdict(found) for split, found in counts.items() if found.rows},
         "num_held_out_in_train": len(hashes["train"] & hashes["held-out"]),
+        "unread": encoder.unread,
     }
     (folder / "report.json").write_text(json.dumps(report))
 

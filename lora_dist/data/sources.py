@@ -15,8 +15,9 @@ from datasets.packaged_modules.csv.csv import Csv
 
 from lora_dist.boundary import boundary, one_line
 from lora_dist.config import TrainConfig
-from lora_dist.data.files.find import content_of, find_files, is_saved, one_kind
+from lora_dist.data.files.find import all_files, content_of, find_files, is_saved, one_kind
 from lora_dist.data.files.readers import TEXT_KINDS, WHAT_IS_READ, read_records
+from lora_dist.data.files.tables import check_tables
 from lora_dist.errors import UserError, require
 from lora_dist.files import free_bytes
 from lora_dist.functions import describe_function
@@ -131,6 +132,11 @@ def _transformed(split, transform: Callable[[dict], dict], columns: list[str], n
     )
 
 
+def where_from(origin: str | int) -> str:
+    """The value of ORIGIN as messages show it."""
+    return origin if isinstance(origin, str) else f"example {origin}"
+
+
 def as_examples(batch: dict[str, list]) -> list[dict]:
     """A batch of columns as a list of examples."""
     return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
@@ -168,12 +174,13 @@ def _read(name: str, config: TrainConfig) -> tuple[dict[str, Dataset | IterableD
     with boundary(f"--dataset_name {name}"):
         files = find_files(name, config)
         path = Path(name).expanduser()
-        content = content_of(files or ({"": sorted(path.rglob("*"))} if path.is_dir() else {}))
+        content = content_of(files or ({"": all_files(path)} if path.is_dir() else {}))
     kind, streaming = one_kind(name, files), config.streaming
     try:
         if kind in TEXT_KINDS:
             return {split: _text_split(paths, streaming) for split, paths in files.items()}, content
         if files:
+            check_tables(kind, [path for paths in files.values() for path in paths])
             data_files = {split: [str(path) for path in paths] for split, paths in files.items()}
             return datasets.load_dataset(kind, data_files=data_files, streaming=streaming), content
         if is_saved(path):

@@ -25,7 +25,10 @@ LOCK_PATIENCE_S = 10.0  # a run that was killed a moment ago may still hold the 
 
 def config_text(config: TrainConfig) -> str:
     """All settings as YAML that `--config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    settings = dataclasses.asdict(config)
+    # PyYAML writes U+0085 as it is if it may, and reads it back as the end of a line.
+    readable = not any("\x85" in str(value) for value in settings.values())
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=readable)
 
 
 def read_training_state(checkpoint: Path) -> dict:

@@ -95,7 +95,8 @@ def _holds_a_run(config: TrainConfig) -> bool:
 def check_length(config: TrainConfig, data: PreparedData) -> None:
     """Raises UserError if a new run would be too short for its warm-up, and warns if it ends within it.
 
-    Raises UserError as well if the held-out loss should decide something, but no rows are held out.
+    Raises UserError as well if the held-out loss should decide something, but no rows are held out, or if the run ends
+    before it can.
 
     A run that is continued has the micro-batches per step of its first start, which was checked.
     """
@@ -103,10 +104,18 @@ def check_length(config: TrainConfig, data: PreparedData) -> None:
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         value = getattr(config, name)
         require(data.held_out or not value, name, value, "needs held-out rows, and there are none; see --eval_fraction")
-    continued = _holds_a_run(config) or config.resume_from_checkpoint not in ("auto", "none")
-    if continued or isinstance(data.train, RowStream):
+    if _holds_a_run(config) or config.resume_from_checkpoint not in ("auto", "none"):
         return
-    num_steps = config.max_steps or _num_steps(config, data.train)
+    every, patience = config.eval_steps, config.early_stopping_patience
+    # The first evaluation is the best so far, and one at the last step comes too late to end the run.
+    evaluations = {"early_stopping_patience": patience and patience + 1, "load_best_model_at_end": 1}
+    needed = {name: count * every for name, count in evaluations.items() if getattr(config, name)}
+    num_steps = config.max_steps or _num_steps(config, data.train, max(config.warmup_steps, *needed.values(), 0))
+    for name, steps in needed.items():
+        why = f"has no effect: with --eval_steps {every}, the run of {num_steps} steps ends before it can act"
+        require(num_steps > steps, name, getattr(config, name), f"{why}; evaluate every fewer steps, or leave it out")
+    if isinstance(data.train, RowStream):
+        return
     check_warmup(config, num_steps)
     if num_steps <= config.warmup_steps and config.lr_scheduler_type != "constant":
         what = f"--warmup_steps {config.warmup_steps} is as long as the run of {num_steps} steps"
@@ -115,13 +124,13 @@ def check_length(config: TrainConfig, data: PreparedData) -> None:
             print(f"warning: {what}: the learning rate only rises, and {share}", file=sys.stderr)
 
 
-def _num_steps(config: TrainConfig, rows: Rows) -> int:
-    """Number of steps that the epochs make."""
+def _num_steps(config: TrainConfig, rows: Rows, enough: int) -> int:
+    """Number of steps that the epochs make; or a smaller one that is above `enough`."""
     sequences, per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps * world_size()
     pack_to = config.max_length if config.packing else None
     fewest = math.ceil(rows.lengths.sum() / pack_to) if pack_to else len(rows)
     fewest_steps = math.ceil(fewest * config.num_train_epochs / (sequences * per_step))
-    if not pack_to or fewest_steps > config.warmup_steps:  # packing many rows takes seconds, and is done later again
+    if not pack_to or fewest_steps > enough:  # packing many rows takes seconds, and is done later again
         return fewest_steps
     batches = MicroBatches(
         rows, pad_token_id=0, seed=config.seed, sequences=sequences, per_step=per_step,

@@ -6,6 +6,7 @@ import io
 import typing
 from pathlib import Path
 
+import pytest
 import yaml
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -119,6 +120,13 @@ def _values(field: dataclasses.Field) -> st.SearchStrategy:
     if list[str] in kinds:
         return st.lists(words, min_size=1, max_size=3)
     return words if str in kinds else st.sampled_from(kinds[1:])
+
+
+@pytest.mark.parametrize("space", ["\x85", "\u2028", "\xa0", "\ufeff", "\t", "\r\n", "\x1f"])
+def test_a_prompt_with_an_odd_space_reads_back_exactly(space, tmp_path):
+    config = TrainConfig(sample_prompt=f"é{space}b {space}\n")
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
+    assert parse_config(TrainConfig(), ["--config", str(tmp_path / "config.yaml")]) == config
 
 
 @counts

@@ -10,6 +10,7 @@ from lora_dist.data import chat_template
 from lora_dist.data.chats import read_chat
 from lora_dist.data.encode import MAX_NOTES, Counts, encode
 from lora_dist.data.formats import Encoder, load_tokenizer, mark_trained
+from lora_dist.data.rows import prepare_rows
 from lora_dist.errors import UserError
 
 PLAIN = """\
@@ -161,15 +162,85 @@ def test_chats_without_an_answer_say_which_roles_they_have(shown):
     ({"m": [ANSWER | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments of f holds text that is not JSON"),
     ({"m": [{"from": "function_call", "value": "f(x)"}]}, "holds text that is not JSON"),
     ({"m": [ANSWER], "tools": "x"}, "column tools holds text that is not JSON"),
-    ({"m": [ANSWER], "tools": ["f"]}, "column tools must hold a list of objects"),
+    ({"m": [ANSWER], "tools": ["f"]}, "tools must hold a list of objects"),
     ({"m": [ANSWER], "system": 3}, "column system holds a int; it must hold text"),
     ({"m": [{"role": "system", "content": "a"}], "system": "b"}, "a column system and another system message"),
     ({"m": "[" * 100_000}, "text that is not JSON"),
+    ({"m": '[{"role": "user", "content": "a", "content": "b"}]'}, "cannot be used: content is given twice"),
+    ({"m": r'[{"role": "user", "content": "\ud83d"}]'}, "JSON text that cannot be used: "),
+    ({"m": [ANSWER | {"tool_calls": [{"name": "f", "arguments": r'{"a": "\udc00"}'}]}]}, "of f holds JSON text"),
+    ({"m": [ANSWER | {"content": [{"type": "text", "text": None}]}]}, "a part whose text is a NoneType; it must be"),
+    ({"m": [ANSWER], "tools": '[{"name": "f", "name": "g"}]'}, "tools holds JSON text that cannot be used: "),
+    ({"m": [ANSWER], "chat_template_kwargs": {"padding": True}}, "chat_template_kwargs sets padding, which is"),
+    ({"m": [ANSWER], "chat_template_kwargs": {"chat_template": "x"}}, "sets chat_template, which is an argument"),
+    ({"m": [ANSWER], "chat_template_kwargs": {"tools": "x"}}, "tools must hold a list of objects"),
+    ({"m": [ANSWER], "chat_template_kwargs": {"documents": [1]}}, "documents must hold a list of objects"),
 ])  # fmt: skip
 def test_boundary_of_chats(example, says):
     with pytest.raises(UserError) as raised:
         read_chat(example, ("m",), "--dataset_name d: line 7")
     assert str(raised.value).startswith("--dataset_name d: line 7: ") and says in str(raised.value)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "enum": [1, None]}}}
+RAW = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_chats_of_a_text_file_keep_the_nulls_of_arguments_and_schemas(config, tmp_path, suffix, as_text):
+    arguments = {"city": None, "days": [None, 1]}
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(arguments) if as_text else arguments}}
+    messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call], "refusal": None}]
+    (tmp_path / f"a.{suffix}").write_text(json.dumps({"messages": messages, "tools": [TOOL]}) + "\n")
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = RAW
+    name = str(tmp_path / f"a.{suffix}")
+    changed = dataclasses.replace(
+        config, dataset_name=name, dataset_text_field=None, max_length=1000, eval_fraction=0.0
+    )
+    row = mark_trained(tokenizer, *prepare_rows(changed, tokenizer).train[0].values())
+    assert json.dumps(arguments) in row and json.dumps(TOOL) in row and "refusal" not in row
+
+
+def test_chats_of_arrow_lose_the_nulls_that_it_adds(shown):
+    tools = [{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": 2}}]
+    row, _ = shown({"messages": [QUESTION, ANSWER], "tools": tools}, RAW)
+    assert json.dumps(tools) in row
+
+
+@pytest.mark.parametrize("part", ["No.", "4 C", "?", "好的"])
+def test_chats_name_a_short_part_that_the_template_drops(shown, part):
+    _, warnings = shown({"messages": [{"role": "system", "content": part}, {"role": "user", "content": "a"}, ANSWER]},
+                        BARE.replace("4 C", ""))  # fmt: skip
+    expected = (
+        [] if part in "user: aassistant: 4 C." else ["the chat template leaves out: the content of the role system"]
+    )
+    assert [line.split("have a part that ")[1].split(";")[0] for line in warnings] == expected
+
+
+@pytest.mark.parametrize("content", ["[" * 800 + "]" * 800, '{"a":' * 600 + "1" + "}" * 600])
+def test_boundary_of_chats_nested_deep(config, tmp_path, content):
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a", "x": ' + content + "}]}\n")
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = RAW
+    changed = dataclasses.replace(config, dataset_name=str(tmp_path / "a.jsonl"), dataset_text_field=None)
+    with pytest.raises(UserError, match="a.jsonl: line 1: "):
+        prepare_rows(changed, tokenizer)
+
+
+def test_chats_and_texts_may_stand_in_one_data_set(config, tmp_path):
+    rows = [{"prompt": "Say ", "completion": "hi"}, {"prompt": [QUESTION], "completion": [ANSWER]},
+            {"prompt": "Say a", "completion": "b"}]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row | {"tools": None}) + "\n" for row in rows))
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = PLAIN
+    name = str(tmp_path / "a.jsonl")
+    changed = dataclasses.replace(config, dataset_name=name, dataset_text_field=None, eval_fraction=0.0)
+    data = prepare_rows(changed, tokenizer)
+    shown = [mark_trained(tokenizer, *row.values()) for row in data.train]
+    assert "⟦hi</s>⟧" in shown[0] and "<|assistant|>\n⟦4 C.</s>⟧" in shown[1] and "⟦b</s>⟧" in shown[2]
+    assert data.unread == () and prepare_rows(changed, tokenizer).unread == ()  # of a chat, `tools` is read
 
 
 def test_columns_that_are_not_read_are_named(config):
@@ -185,13 +256,38 @@ def test_columns_that_are_not_read_are_named(config):
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{% for i in range(10**9) %}a{% endfor %}", "OverflowError"),
     ("{{ raise_exception('no such chat') }}", "no such chat"),
-    ("{% if %}", "TemplateSyntaxError"),
     ("{{ messages.__class__.__mro__ }}", "SecurityError"),
     ("{% for m in messages %}{% generation %}{{ raise_exception('no') }}{% endgeneration %}{% endfor %}", "no"),
 ])  # fmt: skip
 def test_boundary_of_templates(shown, template, says):
     with pytest.raises(UserError, match=f"example 1: the chat template refuses it: .*{says}.*; see the chat template"):
         shown({"messages": [QUESTION, ANSWER]}, template)
+
+
+MARK = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{% macro turn(m) %}\n" + MARK + "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}", "line 2"),
+    ("{% for m in messages %}{% set x %}" + MARK + "{% endset %}{{ x }}{% endfor %}", "line 1"),
+    ("{% for m in messages %}{% filter trim %}" + MARK + "{% endfilter %}{% endfor %}", "line 1"),
+    ("{% for m in messages recursive %}" + MARK + "{% endfor %}", "line 1"),
+    ("{% for m in messages %}{% generation %}" + MARK + "{% endgeneration %}{% endfor %}", "line 1"),
+])  # fmt: skip
+def test_boundary_of_templates_whose_marks_would_be_wrong(shown, template, says):
+    with pytest.raises(UserError, match=f"the chat template of embedded: .*{says}"):
+        shown({"messages": [QUESTION, ANSWER]}, template)
+    if says.startswith("line"):  # all tokens are trained, so no marks are read
+        assert shown({"messages": [QUESTION, ANSWER]}, template, train_on_inputs=True)[0]
+
+
+@pytest.mark.parametrize(
+    "comment", ["{# {% generation %} marks nothing here #}", "{% raw %}{% generation %}{% endraw %}"]
+)
+def test_chats_a_template_that_only_names_the_marks_has_none(shown, comment):
+    row, _ = shown({"messages": [QUESTION, ANSWER]}, comment + PLAIN)
+    assert row.endswith("<|assistant|>\n⟦4 C.</s>⟧\n")
 
 
 @pytest.mark.parametrize("template", [

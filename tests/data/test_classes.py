@@ -1,6 +1,9 @@
 """Labels of classifiers: one class per text, several per text, one per word; and sequence-to-sequence targets."""
 
 import dataclasses
+import json
+import math
+import re
 
 import datasets
 import pytest
@@ -109,6 +112,55 @@ def test_a_target_ends_with_eos(prepare):
     row = data.train[0]
     assert row["input_ids"].tolist() == TOKENIZER("name it")["input_ids"]
     assert row["labels"].tolist() == [*TOKENIZER("a lamp")["input_ids"], TOKENIZER.eos_token_id]
+
+
+BAD_CLASSES = {  # (texts or words, classes, task, words of the error); the third example is wrong, if one is
+    "text and number": (["x", "1", 1], "SEQ_CLS", "label holds 1, so its classes are of two types, str and int"),
+    "number and text": ([2, 1, "1"], "SEQ_CLS", "label holds '1', so its classes are of two types, int and str"),
+    "true and one": ([1, 0, True], "SEQ_CLS", "label holds True, so its classes are of two types, int and bool"),
+    "one and several": (
+        ["x", "y", ["x"]],
+        "SEQ_CLS",
+        "label holds a list of classes, and one class before",
+    ),
+    "several and one": (
+        [["x"], ["y"], "x"],
+        "SEQ_CLS",
+        "label holds one class, and a list of classes before",
+    ),
+    "types in lists": ([["1"], ["2"], ["2", 1]], "SEQ_CLS", "label holds 1, so its classes are of two types"),
+    "object": (["x", "y", {"a": 1}], "SEQ_CLS", "label holds a dict; a class is text or a number"),
+    "nested list": ([["x"], ["y"], [["x"]]], "SEQ_CLS", "label holds a list; a class is text or a number"),
+    "not a number": ([1.0, 2.0, math.nan], "SEQ_CLS", "label holds nan; a class is text or a number"),
+    "class of a word": ([["x"], ["y"], [{"x": 1}]], "TOKEN_CLS", "label holds a dict; a class is text or a number"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("case", BAD_CLASSES)
+def test_boundary_classes_of_other_forms_are_refused_with_their_line(config, tmp_path, case, split):
+    labels, task, says = BAD_CLASSES[case]
+    rows = [{"text": ["a"] if task == "TOKEN_CLS" else "a", "label": label} for label in labels]
+    for name in {"train", split}:
+        kept = rows if name == split else rows[:2]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    settings = {"task_type": task, "dataset_label_field": "label", "dataset_text_field": None, "eval_fraction": 0.0}
+    with pytest.raises(UserError, match=f"line 3: {re.escape(says)}"):
+        prepare_rows(dataclasses.replace(config, dataset_name=str(tmp_path), **settings), TOKENIZER)
+
+
+@pytest.mark.parametrize("word, kind", [(None, "NoneType"), (7, "int"), (["a"], "list")])
+def test_boundary_a_word_that_is_no_text_is_refused(config, tmp_path, word, kind):
+    rows = [{"text": ["a", "b"], "label": ["x", "y"]}, {"text": ["a", word], "label": ["x", "y"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task_type": "TOKEN_CLS", "dataset_label_field": "label", "dataset_text_field": None}
+    with pytest.raises(UserError, match=f"line 2: text holds the word .*, which is a {kind}; it must be text"):
+        prepare_rows(dataclasses.replace(config, dataset_name=str(tmp_path / "a.jsonl"), **settings), TOKENIZER)
+
+
+def test_a_row_that_does_not_say_its_classes_is_left_out(prepare):
+    data = prepare({"text": ["a", "b", "c"], "label": [["x"], None, ["y", None]]})
+    assert labels(data.train) == [[1, 0], [0, 1]] and data.counts["train"].without_trained_tokens == 1
 
 
 def test_name_classes_of_a_column_of_listed_classes():

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from lora_dist.data.formats import Encoder, choose_format, load_tokenizer, mark_trained
+from lora_dist.data.formats import Encoder, choose_format, encode_prompt, load_tokenizer, mark_trained
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.errors import UserError
 
@@ -58,6 +59,26 @@ def test_boundary_a_text_that_begins_with_bos_gets_no_second_one(encode, text):
     _, plain, labels = encode({"prompt": "Name it:", "completion": " Hope."})
     pair = encode({"prompt": f"{text}Name it:", "completion": " Hope."})
     assert pair[1] == extra + plain and pair[2] == [IGNORE_INDEX] * len(extra) + labels
+
+
+@pytest.mark.parametrize("adds", ["nothing", "eos"])
+def test_boundary_an_eos_that_a_prompt_or_a_text_ends_with_stays_what_it_is(encode, monkeypatch, adds):
+    """Each is one eos in the row: of the prompt it is not trained, at the end it is, whoever wrote it."""
+    if adds == "eos":
+        tokenizer = load_tokenizer("embedded")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="</s> $A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+        )
+        monkeypatch.setattr("tests.data.test_formats.load_tokenizer", lambda name: tokenizer)
+    assert encode({"prompt": "Say hi</s>", "completion": "hello"})[0] == "</s>Say hi</s>⟦hello</s>⟧"
+    assert encode({"prompt": "Say hi", "completion": "hello</s>"})[0] == "</s>Say hi⟦hello</s>⟧"
+    assert encode({"prompt": "Say hi ", "completion": "hello"})[0] == "</s>Say hi ⟦hello</s>⟧"
+    assert encode({"text": "hello</s>"})[0] == encode({"text": "hello"})[0] == "⟦</s>hello</s>⟧"
+
+
+def test_boundary_a_prompt_that_begins_with_bos_gets_no_second_one():
+    tokenizer = load_tokenizer("embedded")
+    assert encode_prompt(tokenizer, "</s>Hope") == encode_prompt(tokenizer, "Hope") == tokenizer("Hope")["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +241,7 @@ def test_chats_and_pairs_are_tokenized_together(config, monkeypatch):
             chosen = dataclasses.replace(config, dataset_text_field=None, **settings)
             encoder = Encoder(tokenizer, chosen, list(examples[0]))
             documents = [encoder.read(example, "") for example in examples]
+            encoder(documents[:1])  # looks once at what the tokenizer adds
             handed.clear()
             together = encoder(documents)
             assert len(handed) <= most_calls and all(isinstance(texts, list) for texts in handed)

@@ -3,6 +3,7 @@
 import bz2
 import dataclasses
 import gzip
+import io
 import json
 import lzma
 import os
@@ -11,7 +12,9 @@ import socket
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from lora_dist.data.sources import load_examples
 from lora_dist.errors import UserError
@@ -125,6 +128,12 @@ def test_boundary_cells_are_text_in_a_folder_that_names_its_own_files(load):
     assert rows_of(load(files, "", dataset_config="one")) == [{"text": "NA"}, {"text": "b"}]
 
 
+def parquet(**columns) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 LATIN = "caf\xe9".encode("latin-1")
 BAD_FILES = {  # (file, content, words of the error)
@@ -161,9 +170,28 @@ BAD_FILES = {  # (file, content, words of the error)
     "cut off gz": ("d.jsonl.gz", ONE_TABLE["x.jsonl.gz"][:-12], "d.jsonl.gz: .*[Ee]nd-of-stream"),
     "cut off zst": ("d.jsonl.zst", ZSTD[:-9], "d.jsonl.zst: "),
     "damaged gz": ("d.csv.gz", b"\x1f\x8b" + b"x" * 99, "d.csv.gz: "),
+    "an array after an array": ("d.jsonl", '[{"text": "a"}]\n[{"text": "b"}]\n', "line 2: Extra data after the array"),
+    "an object after an array": ("d.json", '[]\n\n{"text": "b"}', "d.json: line 3: Extra data after the array"),
+    "garbage after an array": ("d.json", '[{"text": "a"}] x', "d.json: line 1: Extra data after the array"),
+    "garbage after bz2": ("d.txt.bz2", bz2.compress(b"a\n") + b"garbage", "d.txt.bz2: Invalid data stream"),
+    "garbage after xz": ("d.txt.xz", lzma.compress(b"a\n") + b"garbage!", "d.txt.xz: Input format not supported"),
+    "cut off second bz2": ("d.txt.bz2", bz2.compress(b"a") + bz2.compress(b"b")[:-3], "ends in the middle of a stream"),
+    "cut off second xz": ("d.txt.xz", lzma.compress(b"a") + lzma.compress(b"b")[:-3], "ends in the middle of a stream"),
+    "compressed parquet": ("d.parquet.gz", gzip.compress(b"PAR1"), "is a compressed parquet file; decompress it"),
+    "parquet without rows": ("d.parquet", parquet(text=pa.array([], pa.string())), "d.parquet: holds no examples"),
     "damaged parquet": ("d.parquet", b"PAR1" + b"x" * 99, "d.parquet: cannot be loaded: .*arquet"),
     "damaged arrow": ("d.arrow", b"ARROW1" + b"x" * 99, "d.arrow: cannot be loaded: "),
 }
+
+
+@pytest.mark.parametrize("compress, suffix", [(bz2.compress, "bz2"), (lzma.compress, "xz"), (gzip.compress, "gz")])
+def test_boundary_all_streams_of_a_compressed_file_are_read(load, compress, suffix):
+    """`cat a.xz b.xz > c.xz` is how such files are joined; zeros may fill up a stream of xz."""
+    long = "a" * 100_000 + "\n"
+    content = (
+        compress(long.encode() * 30) + compress(b"") + (b"\0" * 20_000 if suffix == "xz" else b"") + compress(b"b")
+    )
+    assert rows_of(load({f"d.txt.{suffix}": content})) == [{"text": long.strip()}] * 30 + [{"text": "b"}]
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -226,6 +254,68 @@ def test_boundary_several_files_are_one_data_set(load, tmp_path, case):
     last = next(reversed(files))
     changed = files | {last: a("other")} if last.endswith(".jsonl") else {}
     assert not changed or load(changed, name).identity != examples.identity
+
+
+TABLES = {  # (columns of the first and of the second file, words of the error or None)
+    "a number after text": (
+        {"text": ["a"]},
+        {"text": [7]},
+        "1.parquet: its column text holds int64, but in .*0.parquet",
+    ),
+    "text after a number": (
+        {"text": [7]},
+        {"text": ["007"]},
+        "1.parquet: its column text holds string, but in .*0.par",
+    ),
+    "parts of numbers": ({"x": [7]}, {"x": [7.5]}, "1.parquet: its column x holds double, but in .* it holds int64"),
+    "inside of a list": ({"x": [["a"]]}, {"x": [[1]]}, "1.parquet: its column x holds list<element: int64>, but in "),
+    "a key more": ({"x": [{"a": 1}]}, {"x": [{"a": 1, "b": 2}]}, "its column x holds struct<a: int64, b: int64>, but"),
+    "a column more": (
+        {"text": ["a"]},
+        {"text": ["a"], "y": [1]},
+        "0.parquet: lacks the column y, which .*1.parquet has",
+    ),
+    "a column less": (
+        {"text": ["a"], "y": [1]},
+        {"text": ["a"]},
+        "1.parquet: lacks the column y, which .*0.parquet has",
+    ),
+    "no rows": ({"text": ["a"]}, {"text": pa.array([], pa.string())}, "1.parquet: holds no examples"),
+    "another order": ({"text": ["a"], "y": [1]}, {"y": [2], "text": ["b"]}, None),
+    "long texts": ({"text": ["a"]}, {"text": pa.array(["b"], pa.large_string())}, None),
+    "nothing": ({"text": ["a"], "y": [1]}, {"text": ["b"], "y": pa.nulls(1)}, None),
+    "a key less": ({"x": [{"a": 1, "b": [2]}]}, {"x": [{"b": [1]}]}, None),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_boundary_tables_are_read_only_if_their_types_are_alike(load, case):
+    first, second, message = TABLES[case]
+    files = {"0.parquet": parquet(**first), "1.parquet": parquet(**second)}
+    if message:
+        with pytest.raises(UserError, match=message):
+            load(files, "*.parquet")
+    else:
+        expected = [{name: columns[name][0] for name in first} for columns in (first, second)]
+        expected = [{k: v.as_py() if isinstance(v, pa.Scalar) else v for k, v in row.items()} for row in expected]
+        expected = [{"x": {"a": None} | row["x"]} if "x" in row else row for row in expected]
+        assert rows_of(load(files, "*.parquet")) == expected
+
+
+@pytest.mark.parametrize("shape", ["data files", "described", "saved"])
+def test_boundary_a_linked_folder_is_refused_and_not_left_out(load, tmp_path, shape):
+    readme = "---\nconfigs:\n- config_name: one\n  data_files: '**/*.jsonl'\n---\n"
+    files = {"a.jsonl": a("1")} | ({"README.md": readme} if shape == "described" else {})
+    load(files)
+    if shape == "saved":
+        Dataset.from_dict({"text": ["1"]}).save_to_disk(tmp_path / "data")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/b.jsonl").write_text(a("2"))
+    (tmp_path / "data/linked").symlink_to(tmp_path / "more")
+    with pytest.raises(UserError, match="data/linked: is a link to a folder, which is not followed; name its files"):
+        load({}, str(tmp_path / "data"))
+    (tmp_path / "data/linked").rename(tmp_path / "data/.linked")  # hidden ones are never read
+    assert rows_of(load({}, str(tmp_path / "data")))
 
 
 BAD_SETS = {  # (files, name, words of the error)

@@ -23,7 +23,7 @@ CASES = {
     "not a number": (lambda t: ["--lora_r", "many"], {}, ["--lora_r many", "must be a whole number"]),
     "negative rank": (lambda t: ["--lora_r", "-4"], {}, ["--lora_r -4", "must be 1 or more and at most 65,536"]),
     "dropout of one": (lambda t: ["--lora_dropout", "1.0"], {}, ["--lora_dropout 1.0", "below 1"]),
-    "learning rate": (lambda t: ["--learning_rate", "3"], {}, ["--learning_rate 3.0", "above 0 and below 1"]),
+    "learning rate": (lambda t: ["--learning_rate", "3"], {}, ["--learning_rate 3.0", "1e-30 or more and below 1"]),
     "steps and epochs": (lambda t: ["--max_steps", "3", "--num_train_epochs", "1"], {}, ["exclude each other"]),
     "one step": (lambda t: ["--max_steps", "1"], {}, ["--max_steps 1", "trains nothing", "--warmup_steps 100"]),
     "resident in ddp": (lambda t: ["--resident_layers", "2"], {}, ["--resident_layers 2", "no effect under ddp"]),

@@ -116,6 +116,33 @@ def test_a_warm_up_as_long_as_the_run_is_seen_before_it_begins(monkeypatch, caps
     assert says in err and err.count("\n") == bool(says)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"early_stopping_patience": 1, "max_steps": 20},
+            "early_stopping_patience 1: has no effect: with",
+        ),
+        ({"early_stopping_patience": 1, "max_steps": 21}, ""),
+        ({"early_stopping_patience": 2, "num_train_epochs": 10}, "the run of 25 steps ends before it can act"),
+        ({"early_stopping_patience": 2, "num_train_epochs": 16}, ""),
+        ({"early_stopping_patience": 3, "num_train_epochs": 16, "packing": True}, "early_stopping_patience 3: has no"),
+        ({"load_best_model_at_end": True, "max_steps": 10}, "load_best_model_at_end True: has no effect: with --eval_"),
+        ({"load_best_model_at_end": True, "max_steps": 11}, ""),
+    ],
+)
+def test_what_the_held_out_loss_should_decide_must_be_decided_before_the_run_ends(settings, says):
+    """10 rows of 10 tokens; 4 sequences per step."""
+    fixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 50, "warmup_steps": 0}
+    config = TrainConfig(**{"eval_steps": 10, "save_steps": 10} | fixed | settings)
+    data = dataclasses.replace(data_of(*[10] * 10), held_out=data_of(10).train)
+    if says:
+        with pytest.raises(UserError, match=says):
+            check_length(config, data)
+    else:
+        check_length(config, data)
+
+
 def test_a_run_that_is_continued_keeps_its_length(tmp_path):
     (tmp_path / "state.json").touch()
     config = TrainConfig(num_train_epochs=1, output_dir=str(tmp_path))

@@ -35,6 +35,7 @@ def find_files(name: str, config: TrainConfig) -> dict[str, list[Path]] | None:
         return {split: [embedded / f"{split}.jsonl"] for split in ("train", "test")}
     path = Path(name).expanduser()
     if path.is_dir():
+        all_files(path)  # refuses linked folders, which neither of the two ways below would read
         return None if is_saved(path) or _describes_itself(path, config) else _files_of_directory(path)
     words = [name] if path.exists() else shlex.split(name)
     is_hub_name = len(words) == 1 and not glob.has_magic(name) and not path.exists() and not _looks_like_file(name)
@@ -66,9 +67,18 @@ def _describes_itself(path: Path, config: TrainConfig) -> bool:
     return bool(config.dataset_config or re.match(r"---\n(.*\n)*?(configs|dataset_info):", head))
 
 
+def all_files(path: Path) -> list[Path]:
+    """Whatever is inside a folder, sorted. Raises UserError if a folder in it is a link, which would be left out."""
+    found = sorted(path.rglob("*"))
+    link = next((f for f in found if f.is_symlink() and f.is_dir() and not f.name.startswith(".")), None)
+    why = "is a link to a folder, which is not followed; name its files, for example with a pattern"
+    require(link is None, "dataset_name", link, why)
+    return found
+
+
 def _files_of_directory(path: Path) -> dict[str, list[Path]]:
     """The data files of a folder by split, which their names say as on the hub, e.g. train.jsonl and test.jsonl."""
-    relative = (file.relative_to(path) for file in sorted(path.rglob("*")))
+    relative = (file.relative_to(path) for file in all_files(path))
     shown = [file for file in relative if not any(part.startswith((".", "__")) for part in file.parts)]
     data = [path / f for f in shown if suffix_of(f) in KIND_OF_SUFFIX and f.name not in FILES_TO_IGNORE]
     require(data, "dataset_name", path, f"has no data files; {WHAT_IS_READ}")

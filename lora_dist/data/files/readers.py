@@ -32,11 +32,15 @@ TEXT_KINDS = ("json", "csv", "text")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 OPENER_OF_MAGIC = {
     b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
+    b"BZh": lambda path: io.BufferedReader(Decompressed(path, bz2.BZ2Decompressor)),
+    b"\xfd7zXZ\0": lambda path: io.BufferedReader(Decompressed(path, lzma.LZMADecompressor)),
     b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
-WHAT_IS_READ = f"files ending in {' '.join(KIND_OF_SUFFIX)} are read, also with {' '.join(COMPRESSED_SUFFIXES)} added"
+TEXT_SUFFIXES = [suffix for suffix, kind in KIND_OF_SUFFIX.items() if kind in TEXT_KINDS]
+WHAT_IS_READ = (
+    f"files ending in {' '.join(KIND_OF_SUFFIX)} are read, those in {' '.join(TEXT_SUFFIXES)} also with "
+    f"{' '.join(COMPRESSED_SUFFIXES)} added"
+)
 DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
 WHITE_SPACE = re.compile(r"\s*")
 
@@ -64,6 +68,8 @@ def kind_of(path: Path) -> str:
         if magic.startswith(b"PAR1"):
             return "parquet"
         if kind := KIND_OF_SUFFIX.get(suffix_of(path)):
+            compressed = kind not in TEXT_KINDS and any(magic.startswith(start) for start in OPENER_OF_MAGIC)
+            require(not compressed, "dataset_name", path, f"is a compressed {kind} file; decompress it: {WHAT_IS_READ}")
             return kind
         with _open(path) as file:
             start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -83,6 +89,45 @@ def _open(path: Path) -> BinaryIO:
         start = file.read(8)
     opener = next((opener for magic, opener in OPENER_OF_MAGIC.items() if start.startswith(magic)), None)
     return opener(path) if opener else open(path, "rb")
+
+
+class Decompressed(io.RawIOBase):
+    """The bytes of a bz2 or xz file, of all its streams.
+
+    Python's own readers take whatever follows the first stream and is none for padding, and leave it out. Raises
+    EOFError if the last stream is cut off, and the decompressor's errors for what is no stream.
+    """
+
+    def __init__(self, path: Path, decompressor: type):
+        self.file, self.new = open(path, "rb"), decompressor
+        self.decompressor, self.rest = decompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer) -> int:
+        while True:
+            decompressor = self.decompressor
+            if decompressor.eof:  # zeros may follow a stream of xz, to fill it up to a multiple of four bytes
+                self.rest = self.rest.lstrip(b"\0")
+                while not self.rest:
+                    if not (read := self.file.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                    self.rest = read.lstrip(b"\0")
+                decompressor = self.decompressor = self.new()
+            elif decompressor.needs_input and not self.rest:
+                self.rest = self.file.read(io.DEFAULT_BUFFER_SIZE)
+                if not self.rest:
+                    raise EOFError("the compressed file ends in the middle of a stream")
+            data = decompressor.decompress(self.rest, len(buffer))
+            self.rest = decompressor.unused_data if decompressor.eof else b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -182,7 +227,11 @@ def _values(path: Path) -> Iterator[Record]:
     line += text.count("\n", 0, counted)
     while True:
         start = WHITE_SPACE.match(text, position).end()
-        if start == len(text) and not is_array or is_array and text.startswith("]", start):
+        if start == len(text) and not is_array:
+            return
+        if is_array and text.startswith("]", start):
+            with _at(path, line, text_begins=1):
+                _check_end(text, start + 1)
             return
         line, counted = line + text.count("\n", counted, start), start
         with _at(path, line, text_begins=1):
@@ -190,6 +239,13 @@ def _values(path: Path) -> Iterator[Record]:
             position = _after_comma(text, end) if is_array else end
         value = {"text": value} if is_array and isinstance(value, str) else value
         yield line, _checked(path, line, value, surrogates)
+
+
+def _check_end(text: str, position: int) -> None:
+    """Raises JSONDecodeError if something follows the array."""
+    position = WHITE_SPACE.match(text, position).end()
+    if position < len(text):
+        raise json.JSONDecodeError("Extra data after the array; a file holds one array", text, position)
 
 
 def _after_comma(text: str, position: int) -> int:
