@@ -94,6 +94,7 @@ class RunFolder:
         self._before: dict[str, str | None] = {}  # by name, what a file held before this start; None if it was absent
         self.has_begun = False  # this start trains: from here on a failure is the run's, and `undo` is not called
         self.resume_from: Path | None = None  # the checkpoint that this start continues from
+        self.damaged: list[Path] = []  # checkpoints that are newer than that one
         self.previous: dict | None = None  # status and error of the start before this one
         self.last_logged_step = -1  # in metrics.jsonl, when this start found it
         self.wandb_run_id: str | None = None
@@ -169,10 +170,7 @@ class RunFolder:
         return self.state.exists() and any(path.exists() for path in others)
 
     def undo(self) -> None:
-        """Leave the folder as this start found it, because the start is refused. Rank 0 only.
-
-        Lines of metrics.jsonl after the checkpoint that it would have continued from stay removed.
-        """
+        """Leave the folder as this start found it, because the start is refused. Rank 0 only."""
         with contextlib.suppress(OSError, UserError):
             new = [self.root / name for name, text in self._before.items() if text is None]
             new += [self.metrics] if self.state in new else []
@@ -186,10 +184,27 @@ class RunFolder:
                 ours.remove_if_empty(path)
 
     def begin(self, config: TrainConfig) -> None:
-        """Write the first state.json, and config.yaml. Raises UserError."""
+        """Write state.json and config.yaml of this start, which `undo` takes back. Raises UserError."""
         with boundary(f"--output_dir {self.root}: cannot be written"):
-            self.write_state("running", 0)  # the first file, because it says that the folder is a run's
+            self.write_state("running", self.step)  # the first file, because it says that the folder is a run's
             self.write_config(config)
+
+    def begin_training(self) -> None:
+        """Bring the folder to the state of the checkpoint that this start continues from. Rank 0 only.
+
+        This cannot be taken back, so it is done when nothing more can be refused. Raises UserError.
+        """
+        with boundary(f"--output_dir {self.root}: cannot be written"):
+            self.clear_leftovers()
+            for path in self.damaged:  # otherwise they would count among the newest checkpoints, which are kept
+                self.mark_damaged(path)
+            # A checkpoint that was written before the evaluation at its step does not know it, so it is repeated.
+            progress = read_training_state(self.resume_from)["progress"] if self.resume_from else {}
+            evaluated = progress.get("eval_step") == self.step
+            self.trim_metrics(self.step if self.resume_from else -1, evaluated=evaluated)
+        self.has_begun = True
+        with contextlib.suppress(OSError):  # a full disk
+            self.write_state("running", self.step)
 
     def write_config(self, config: TrainConfig) -> None:
         write_whole(self.config, config_text(config))
@@ -326,13 +341,16 @@ class RunFolder:
         for path in self._folders_named(ours.LEFTOVER_NAME):
             ours.clear(path)
 
+    def newest_metrics_step(self) -> int:
+        """The last step in metrics.jsonl; -1 if there is none."""
+        steps = [line.get(STEP) for line in self.read_metrics()]
+        return max((step for step in steps if is_count(step)), default=-1)
+
     def trim_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Remove lines after `step`, and a last line that was cut off: this start takes those steps again.
 
         The evaluation at `step` itself is removed too if the checkpoint was written before it (not `evaluated`).
         """
-        steps = [line.get(STEP) for line in self.read_metrics()]
-        self.last_logged_step = max((step for step in steps if is_count(step)), default=-1)
         for path, key in ((self.metrics, STEP), (self.samples, STEP), (self.bad_steps, "step")):
             if path.exists():
                 evaluation = "" if evaluated else "eval/loss" if path == self.metrics else "completion"

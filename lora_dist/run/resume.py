@@ -93,7 +93,8 @@ def _resume(folder: RunFolder, config: TrainConfig, facts: dict, num_groups: int
     notes.append(f"continuing from {newest}" if newest else f"{folder.root} holds no checkpoint: starting from step 0")
     # gradient_accumulation_steps belongs to the ranks of the first start, so config.yaml keeps it.
     kept = {"gradient_accumulation_steps": old_settings["gradient_accumulation_steps"]}
-    _prepare_files(folder, dataclasses.replace(config, **kept), damaged)
+    folder.damaged, folder.last_logged_step = damaged, folder.newest_metrics_step()
+    folder.begin(dataclasses.replace(config, **kept))
     return notes
 
 
@@ -135,25 +136,6 @@ def _check_request(requested: Path, folder: RunFolder, newest: Path | None, pare
         what = "holds another run"
     where = f"--output_dir {folder.root}"
     raise UserError(f"--resume_from_checkpoint {requested}: {where} {what}; give another --output_dir")
-
-
-def _prepare_files(folder: RunFolder, config: TrainConfig, damaged: list[Path]) -> None:
-    """Bring the folder to the state of the checkpoint that this start continues from. Raises UserError."""
-    newest, step = folder.resume_from, folder.step
-    try:
-        folder.clear_leftovers()
-        for path in damaged:  # otherwise they would count among the newest checkpoints, which are kept
-            folder.mark_damaged(path)
-        folder.trim_metrics(step if newest else -1, evaluated=bool(newest) and _knows_evaluation(newest, step))
-        folder.write_config(config)
-        folder.write_state("running", step)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder.root}: cannot be written: {error.strerror}") from None
-
-
-def _knows_evaluation(checkpoint: Path, step: int) -> bool:
-    """True if the checkpoint was written after the evaluation at its step. Otherwise the evaluation is repeated."""
-    return read_training_state(checkpoint)["progress"].get("eval_step") == step
 
 
 def _find_checkpoint(path: Path) -> Path:

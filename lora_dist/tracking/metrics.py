@@ -1,11 +1,12 @@
 """Logs metrics. metrics.jsonl is the record; Weights & Biases and other trackers mirror it. Rank 0 only."""
 
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import yaml
@@ -32,10 +33,10 @@ class MetricsLog:
         self.folder, self.hosts = folder, hosts
         self.unwritten = b""  # lines that are not on the disk yet
         self.disk_failed = False  # at the last attempt to write
-        self.file = open(folder.metrics, "ab", buffering=0) if rank == 0 else None
+        self.writes = rank == 0
         self.wandb: WandbMirror | None = None
         self.trackers: dict[str, GeneralTracker] = {}
-        if not self.file:
+        if not self.writes:
             return
         folder.record_start(start)
         for name in report_to.split(","):
@@ -43,6 +44,11 @@ class MetricsLog:
                 self._start_mirror(name)
             except Exception as error:
                 _warn_dropped(name, error)
+
+    @cached_property
+    def file(self) -> io.FileIO:
+        """metrics.jsonl. Opened at the first line: `RunFolder.begin_training` puts another file in its place."""
+        return open(self.folder.metrics, "ab", buffering=0)
 
     def _start_mirror(self, name: str) -> None:
         if name == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
@@ -55,7 +61,7 @@ class MetricsLog:
 
     def log(self, values: dict, step: int) -> None:
         """Log metrics by name, as docs/metrics.md lists them. `step`: optimizer steps completed."""
-        if not self.file:
+        if not self.writes:
             return
         line = json.dumps({STEP: step, "time": round(time.time(), 3), **values}) + "\n"
         self.unwritten += line.encode()
@@ -67,7 +73,7 @@ class MetricsLog:
 
     def log_samples(self, samples: list[dict], step: int) -> None:
         """Log completions to samples.jsonl and W&B. Each sample has "prompt", "reference" and "completion"."""
-        if self.file and samples:
+        if self.writes and samples:
             self.folder.append_lines(self.folder.samples, [{STEP: step, **sample} for sample in samples])
             self._to_wandb(lambda mirror: mirror.log_samples(samples, step))
 
@@ -105,17 +111,18 @@ class MetricsLog:
         except OSError as error:
             if not self.disk_failed:
                 why = "its lines are kept in memory until there is room"
-                print(f"warning: {self.file.name}: {error.strerror}: {why}", file=sys.stderr, flush=True)
+                print(f"warning: {self.folder.metrics}: {error.strerror}: {why}", file=sys.stderr, flush=True)
             self.disk_failed = True
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if self.file:
+        if self.writes:
             watchdog.call_on_failure(None)
             self._write()
-            self.file.close()
+            if "file" in vars(self):
+                self.file.close()
             why = None if error is None else f"{error_type.__name__}: {error}"
             self._to_wandb(lambda mirror: mirror.finish(why=why))
             self._to_trackers(lambda tracker: tracker.finish())

@@ -9,10 +9,10 @@ import time
 from huggingface_hub import upload_folder
 
 from lora_dist import signals
-from lora_dist.errors import RunFailed, require
+from lora_dist.errors import RunFailed, UserError, require
 from lora_dist.files import sync_files
 from lora_dist.model.adapters import check_identical, save_adapter, verify_adapter
-from lora_dist.parallel.ranks import any_rank, barrier, gather
+from lora_dist.parallel.ranks import any_rank, barrier, from_rank_0, gather
 from lora_dist.run import watchdog
 from lora_dist.tracking.model_card import TrainingResult, write_model_card
 from lora_dist.tracking.report import write_report
@@ -70,10 +70,14 @@ def start(run: Run) -> None:
         restore(run)
     step, num_steps = run.progress.step, run.training.num_steps
     require(step <= num_steps, "max_steps", num_steps, f"the run is at step {step} already; give more")
-    run.folder.num_steps, run.folder.has_begun = num_steps, True
+    run.folder.num_steps, refusal = num_steps, None
     if run.is_main:
-        with contextlib.suppress(OSError):  # a full disk
-            run.folder.write_state("running", step)
+        try:
+            run.folder.begin_training()
+        except UserError as error:
+            refusal = error
+    if refusal := from_rank_0(refusal):
+        raise refusal
     run.model.train()
     watchdog.report_progress(step, "evaluation")
 

@@ -90,6 +90,9 @@ def test_a_damaged_checkpoint_is_named_and_not_used(damage, run):
         f"warning: {newest} is damaged or incomplete; it is not used, and is renamed to {newest.name}.damaged"
         in now.notes
     )
+    now.undo()  # the start is refused later, for example because of the checkpoint's content
+    assert folder.saved_checkpoints() == [folder.checkpoint(2), newest]
+    now.begin_training()
     folder.prune_checkpoints(1, best_step=None)
     assert [path.name for path in folder.saved_checkpoints()] == ["step-00000002"]
 
@@ -101,7 +104,10 @@ def test_what_a_kill_left_is_cleared_and_metrics_are_trimmed(run):
         (folder.checkpoints / name).mkdir()
     lines = [json.dumps({"train/global_step": step, "train/loss": 1.0}) + "\n" for step in (1, 2, 3)]
     folder.metrics.write_text("".join(lines) + '{"train/global_st')
-    opened(config)
+    before = folder.metrics.read_text()
+    now = opened(config)
+    assert folder.metrics.read_text() == before and now.last_logged_step == 3
+    now.begin_training()
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
     assert folder.metrics.read_text() == "".join(lines[:2])
 
@@ -111,6 +117,7 @@ def test_without_a_checkpoint_it_begins_again_with_the_same_batches(run):
     folder.metrics.write_text(json.dumps({"train/global_step": 0, "eval/loss": 1.0}) + "\n")
     now = opened(config, {"micro_batches_per_step": 4})
     assert now.resume_from is None and now.facts["micro_batches_per_step"] == 8
+    now.begin_training()
     assert folder.metrics.read_text() == ""
 
 
@@ -240,8 +247,8 @@ def test_what_comes_after_the_step_gone_on_from_is_left_out(tmp_path):
             file.write('{"' + key)  # cut off by a kill
     with open(folder.metrics, "a") as file:
         file.write('{"a line of its own": 1}\n')  # it follows the cut-off line, so it is lost too
+    assert folder.newest_metrics_step() == 8
     folder.trim_metrics(5)
-    assert folder.last_logged_step == 8
     for path, key in files.items():
         folder.append_lines(path, [{key: 6}])
         assert [line[key] for line in folder.read_lines(path)] == list(range(7))

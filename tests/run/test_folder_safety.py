@@ -231,7 +231,7 @@ def test_lines_of_any_content_are_left_out(tmp_path, text):
     folder.metrics.write_bytes(text.encode("latin-1") + b'{"train/global_step": 1}\n')
     folder.trim_metrics(1)
     assert folder.metrics.read_text() == '{"train/global_step": 1}\n'
-    assert folder.last_logged_step == 1 and all(isinstance(line, dict) for line in folder.read_metrics())
+    assert folder.newest_metrics_step() == 1 and all(isinstance(line, dict) for line in folder.read_metrics())
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", '{"progress": 1}', '{"progress": {"step": -1}}',
