@@ -23,10 +23,9 @@ from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import prepare_rows
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
+from lora_dist.library import load_base
 from lora_dist.model.adapters import add_adapters, trainable_parameters
-from lora_dist.model.load import load_base
 from lora_dist.model.quantize_model import keep_norms_in_fp32
-from lora_dist.parallel.strategies import Placement
 from lora_dist.seeds import random_key
 
 CPU, BF16, STEPS, PER_STEP = torch.device("cpu"), torch.bfloat16, 60, 4
@@ -40,7 +39,7 @@ CONFIG = TrainConfig(
 
 
 def ours():
-    return load_base("embedded", quantization="int8", dtype=BF16, device=CPU, placement=Placement())
+    return load_base("embedded", quantization="int8", dtype=BF16, device=CPU, shard_ranks=1)
 
 
 def theirs():

@@ -15,9 +15,8 @@ from common import header
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import collate
 from lora_dist.data.tasks import CAUSAL_LM
+from lora_dist.library import load_base
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import load_base
-from lora_dist.parallel.strategies import Placement
 
 
 def uncovered(gathers: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
@@ -35,10 +34,7 @@ def uncovered(gathers: list[tuple[float, float]], others: list[tuple[float, floa
 def main(name: str, quantization: str) -> None:
     accelerator = Accelerator(mixed_precision="bf16")
     config = TrainConfig(model_name_or_path=name, max_steps=2)
-    model = load_base(
-        name, quantization=quantization, dtype=torch.bfloat16, device=accelerator.device,
-        placement=Placement(shard_ranks=dist.get_world_size()),
-    )  # fmt: skip
+    model = load_base(name, quantization=quantization, dtype=torch.bfloat16, device=accelerator.device)
     model = add_adapters(model, config).train()
     ids = list(range(5, 517))
     batch = collate([{"input_ids": ids, "labels": ids}] * 4, pad_token_id=1).to(accelerator.device)

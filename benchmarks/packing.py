@@ -19,8 +19,8 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows, prepare_rows
+from lora_dist.library import load_base
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import load_base
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.step import Training, build_training, train_step
 
@@ -38,7 +38,7 @@ def make_run(kind: str, config: TrainConfig, rows: Rows, tokenizer, device: torc
         order = {"pack_to": config.max_length}
     dtype = torch.bfloat16
     name = config.model_name_or_path
-    base = load_base(name, quantization="int8", dtype=dtype, device=device, placement=Placement())
+    base = load_base(name, quantization="int8", dtype=dtype, device=device, shard_ranks=1)
     model = add_adapters(base, config)
     batches = MicroBatches(
         rows, pad_token_id=tokenizer.pad_token_id, seed=0, sequences=sequences, per_step=per_step, **order

@@ -22,7 +22,7 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.load import BaseOptions, load_with, meta_model
 from lora_dist.model.memory import base_bytes, peak_bytes
 from lora_dist.parallel.fsdp import gathered_bytes
 from lora_dist.parallel.strategies import Placement
@@ -59,7 +59,7 @@ def on_rank(rank, placement, base, folder):
     torch.set_num_threads(1)
     config = dataclasses.replace(CONFIG, model_name_or_path=str(base))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model = load_base(str(base), quantization="int8", dtype=DTYPE, device=CPU, placement=Placement(**placement))
+    model = load_with(str(base), BaseOptions("int8", DTYPE, CPU, Placement(**placement)))
     base_memory = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)

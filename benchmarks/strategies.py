@@ -23,7 +23,7 @@ from residency import CONFIG, CPU, DTYPE, HIDDEN, LENGTH, NUM_LAYERS, VOCAB
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.rows import Rows
 from lora_dist.model.adapters import add_adapters, fingerprint
-from lora_dist.model.load import load_base
+from lora_dist.model.load import BaseOptions, load_with
 from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training.step import build_training, train_step
@@ -52,7 +52,7 @@ def on_rank(rank, placement, base, folder):
     torch.set_num_threads(1)
     config = dataclasses.replace(CONFIG, model_name_or_path=str(base))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model = load_base(str(base), quantization="int8", dtype=DTYPE, device=CPU, placement=placement)
+    model = load_with(str(base), BaseOptions("int8", DTYPE, CPU, placement))
     base_memory = base_bytes(model)
     model = add_adapters(model, config)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ _MODULE_OF = {
     "TrainConfig": "config",
     "UserError": "errors",
     "run_recipe": "entry",
-    "load_base": "model.load",
+    "load_base": "library",
     "open_run": "training.session",
     "train": "training.loop",
     "finish": "training.loop",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TOP = ["errors", "boundary", "units", "signals", "config", "environment", "flags", "entry", "files", "functions",
        "seeds", "embedded"]  # fmt: skip
 PACKAGES = ["data", "parallel", "model", "run", "tracking", "training", "cluster"]
-ORDER = [*TOP, *PACKAGES, "commands", "cli"]
+ORDER = [*TOP, *PACKAGES, "library", "commands", "cli"]
 WITHOUT_TORCH = ("errors", "boundary", "signals", "config", "flags", "entry", "embedded/__init__",
                  "parallel/deepspeed_config", "parallel/strategies", "cluster/slurm", "cluster/status")  # fmt: skip
 

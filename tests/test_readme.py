@@ -62,11 +62,6 @@ import os
 import torch, torch.distributed as dist
 import lora_dist
 from peft import LoraConfig, get_peft_model
-try:
-    lora_dist.load_base("embedded")
-except lora_dist.UserError as error:
-    assert "no process group" in str(error), error
-dist.init_process_group("gloo")
 base = lora_dist.load_base("embedded", quantization="nf4")
 held = sum(p.to_local().nbytes for p in base.parameters() if hasattr(p, "to_local"))
 whole = sum(p.nbytes for p in base.parameters())

@@ -167,10 +167,18 @@ def check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
 
 def is_trained_parameter(config: TrainConfig, name: str) -> bool:
     """True if the base's parameter of this name will be trained. It is then not sharded."""
+    return trains_parameter(
+        name, config.modules_to_save or [], has_classes=TASKS[config.task_type].has_classes,
+        biases=config.lora_bias != "none",
+    )  # fmt: skip
+
+
+def trains_parameter(name: str, modules_to_save: list[str], *, has_classes: bool, biases: bool) -> bool:
+    """True if PEFT trains this parameter of a base whole. `has_classes`: the base is a classifier, with a head."""
     modules = list(accumulate(name.split(".")[:-1], lambda path, step: f"{path}.{step}"))
-    wanted = [*(config.modules_to_save or ()), *(CLASSIFIER_HEADS if TASKS[config.task_type].has_classes else ())]
+    wanted = [*modules_to_save, *(CLASSIFIER_HEADS if has_classes else ())]
     saved = any(path.endswith(module) for path in modules for module in wanted)  # PEFT's rule
-    return saved or (config.lora_bias != "none" and name.endswith("bias"))
+    return saved or (biases and name.endswith("bias"))
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:

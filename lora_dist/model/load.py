@@ -6,15 +6,13 @@ gives this rank's rows to `QuantizeRows`. No rank ever sees the whole of a quant
 """
 
 import contextlib
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,17 +21,15 @@ from transformers.utils import logging
 from lora_dist.boundary import boundary, read_json
 from lora_dist.data.tasks import CAUSAL_LM, Task
 from lora_dist.embedded import model_path
-from lora_dist.environment import cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
 from lora_dist.model.bitsandbytes_format import pop_stored_quantization, read_bitsandbytes
 from lora_dist.model.files.configs import load_generation_config, load_model_config
 from lora_dist.model.files.lazy_weights import open_checkpoint
-from lora_dist.model.loader_hooks import BaseLoad, BaseOptions, FrozenConfig, mark_for_peft, no_parameter
-from lora_dist.model.quantization import FORMATS
+from lora_dist.model.loader_hooks import BaseLoad, BaseOptions, FrozenConfig, mark_for_peft
 from lora_dist.model.quantize_model import keep_norms_in_fp32, quantize_model
 from lora_dist.parallel.fsdp import decoder_layers
-from lora_dist.parallel.ranks import gather, num_ranks
-from lora_dist.parallel.strategies import Placement, world_size
+from lora_dist.parallel.ranks import gather
+from lora_dist.parallel.strategies import Placement
 from lora_dist.parallel.zero import partition_base
 
 FINGERPRINT = "fingerprint.json"  # of a folder that we quantized
@@ -44,52 +40,12 @@ NO_WEIGHT = re.compile(
 )
 
 
-def load_base(
-    name: str,
-    *,
-    quantization: str = "int8",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    placement: Placement | None = None,
-    will_be_trained: Callable[[str], bool] = no_parameter,
-    task: Task = CAUSAL_LM,
-    classes: list[str] | None = None,
-) -> PreTrainedModel:
-    """Load a frozen base, quantized and spread over the ranks, ready to compute with. Collective.
-
-    name: a model directory, a hub name, or "embedded". A checkpoint that bitsandbytes quantized is used as it is.
-    quantization: "int8" (LLM.int8, arXiv 2208.07339), "nf4" (QLoRA with double quantization, arXiv 2305.14314),
-        "nf4_plain" (without double quantization) or "none".
-    dtype: of the weights that are neither quantized nor in a norm; norms are fp32. Default: bf16, or fp32 on a CPU
-        without bf16 instructions.
-    device: where the base computes. Default: the GPU number LOCAL_RANK, or the CPU if there is no GPU.
-    placement: how the ranks share the base. Default: each rank holds its rows (FSDP2); if there is no process group,
-        this process holds all of it.
-    will_be_trained: called with the name of each parameter; True for those that the caller will train. They are not
-        sharded. Adapters that are added later need no mention.
-    task: chooses the class of the model. `classes` are the names of a classifier's classes, in order. A checkpoint may
-        lack the classifier's head: it is then made anew and has to be trained.
+def load_with(name: str, options: BaseOptions) -> PreTrainedModel:
+    """Load a frozen base, ready to compute with, of which this rank holds its rows. Collective.
 
     Returns a transformers model in which no parameter requires a gradient. Raises UserError if there is no such model,
-    if it cannot be quantized or sharded, or if a launcher started several ranks that have not met yet.
+    or if it cannot be quantized or sharded.
     """
-    valid = (*FORMATS, "none")
-    require(quantization in valid, "quantization", quantization, f"must be one of {', '.join(valid)}")
-    if placement is None and world_size() > 1 and not dist.is_initialized():
-        raise UserError(f"WORLD_SIZE {world_size()}: no process group; call torch.distributed.init_process_group first")
-    device = torch.device(device) if device is not None else _default_device()
-    dtype = dtype or (torch.bfloat16 if device.type != "cpu" or cpu_has_bf16() else torch.float32)
-    placement = placement or Placement(shard_ranks=num_ranks())
-    options = BaseOptions(quantization, dtype, device, placement, will_be_trained, task, classes)
-    return load_with(name, options)
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu() else torch.device("cpu")
-
-
-def load_with(name: str, options: BaseOptions) -> PreTrainedModel:
-    """`load_base`, with its parameters in one object. Collective."""
     model = read_base(name, options)
     hand_to_deepspeed(model, options)
     return model
@@ -117,7 +73,7 @@ def read_fingerprint(folder: Path) -> dict:
 def read_base(name: str, options: BaseOptions) -> PreTrainedModel:
     """Read and quantize this rank's rows. With ZeRO-3 the model cannot compute before `hand_to_deepspeed`. Collective.
 
-    Raises UserError as `load_base` does.
+    Raises UserError as `load_with` does.
     """
     check_weights(name, options)
     config = load_model_config(name, options.classes)
@@ -248,7 +204,7 @@ def hand_to_deepspeed(model: PreTrainedModel, options: BaseOptions) -> None:
 def meta_model(
     name: str, quantization: str, dtype: torch.dtype, task: Task = CAUSAL_LM, classes: list[str] | None = None
 ) -> PreTrainedModel:
-    """The base as `load_base` will make it, but on meta, without weights. For checks and counts before reading.
+    """The base as `load_with` will make it, but on meta, without weights. For checks and counts before reading.
 
     Raises UserError if there is no such model, or if it cannot be quantized.
     """

@@ -42,7 +42,7 @@ def no_parameter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """How to load a base. The fields are the parameters of `load_base`, which describes them."""
+    """How to load a base. `lora_dist.load_base` describes the first three."""
 
     quantization: str
     dtype: torch.dtype

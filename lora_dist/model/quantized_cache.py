@@ -75,7 +75,7 @@ MISSING = "there is none"
 def load_cached_base(
     name: str, options: BaseOptions, *, cache: str | None, setting: str = "--quantized_cache"
 ) -> PreTrainedModel:
-    """Load a base as `load_base` does, from the folder `cache` if it holds this base; otherwise write it there too.
+    """Load a base as `load_with` does, from the folder `cache` if it holds this base; otherwise write it there too.
 
     `cache=None`: no cache. `setting`: the flag that names the folder, for messages. Two starts with one folder take
     turns: the second waits, and reads what the first wrote. Raises UserError if the folder holds something else, or

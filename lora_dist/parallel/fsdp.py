@@ -67,8 +67,11 @@ def shard(model: PreTrainedModel, placement: Placement, device: torch.device, tr
     memory peaks at the head, and there a gathered layer would add to the peak.
     """
     mesh, layers, model_class = shard_mesh(placement.shard_ranks, device), decoder_layers(model), type(model)
+    num_resident = placement.resident_layers
+    if num_resident >= len(layers):
+        raise UserError(f"resident_layers {num_resident}: the model has {len(layers)} layers; give fewer")
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if placement.offload else OffloadPolicy()
-    sharded_layers = layers[: len(layers) - placement.resident_layers]
+    sharded_layers = layers[: len(layers) - num_resident]
     resident = {param for layer in layers[len(sharded_layers) :] for param in layer.parameters()}
     for layer in sharded_layers:
         fully_shard(layer, mesh=mesh, offload_policy=offload, ignored_params=trained)

@@ -121,7 +121,7 @@ def start_ranks(mixed_precision: str | None = None) -> "Accelerator":
     for engine in ("DEEPSPEED", "MEGATRON_LM"):  # lora-dist starts these itself, not accelerate
         os.environ.pop(f"ACCELERATE_USE_{engine}", None)
     keep_to_one_machine()
-    _meet(on_gpu)
+    meet(on_gpu)
     patience = InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)
     # Without cpu=True accelerate trains N separate copies if there is no GPU.
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
@@ -136,7 +136,7 @@ def start_ranks(mixed_precision: str | None = None) -> "Accelerator":
     return accelerator
 
 
-def _meet(on_gpu: bool) -> None:
+def meet(on_gpu: bool) -> None:
     """Start the process group where torch's own way would listen too widely, or find a dead rank.
 
     - torch 2.13 lets rank 0's store listen on all interfaces. Here it listens on the loopback device, or, if there are

@@ -124,11 +124,11 @@ def read_launch(config: TrainConfig) -> Launch:
         return Launch(_pipeline(num_ranks), precision)
     if env_is_true("ACCELERATE_USE_FSDP"):
         offload = env_is_true("FSDP_OFFLOAD_PARAMS")
-        return Launch(_fsdp(num_ranks, offload), precision, offload)
+        return Launch(fsdp_strategy(num_ranks, offload), precision, offload)
     return Launch(STRATEGIES["ddp" if num_ranks > 1 else "single"], precision)
 
 
-def _fsdp(num_ranks: int, offload: bool) -> Strategy:
+def fsdp_strategy(num_ranks: int, offload: bool) -> Strategy:
     fsdp_version = os.environ.get("FSDP_VERSION", "none, which means 1")
     if fsdp_version != "2":
         raise UserError(

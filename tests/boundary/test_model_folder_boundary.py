@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
+from lora_dist.library import load_base
 from lora_dist.model.adapters import add_adapters, check_adapter, check_first_adapter, save_adapter
 from lora_dist.model.files.configs import load_generation_config, load_model_config
-from lora_dist.model.load import BaseOptions, check_weights, load_base, meta_model
+from lora_dist.model.load import BaseOptions, check_weights, meta_model
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 from tests.helpers.properties import answered, counts, holds, json_values, mutations

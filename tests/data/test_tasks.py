@@ -20,7 +20,7 @@ from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import IGNORE_INDEX, TASKS
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import add_adapters, fingerprint, is_trained_parameter, save_adapter, trainable_parameters
-from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.load import BaseOptions, load_with, meta_model
 from lora_dist.model.memory import base_bytes
 from lora_dist.model.quantize_model import quantized_fraction
 from lora_dist.parallel.strategies import Placement
@@ -62,10 +62,11 @@ def make_base(kind, folder):
 
 def make_model(config, path, placement, dtype=torch.float32):
     task = TASKS[config.task_type]
-    return load_base(
-        str(path), quantization=config.quantization, dtype=dtype, device=CPU, placement=placement, task=task,
-        classes=CLASSES if task.has_classes else None, will_be_trained=partial(is_trained_parameter, config),
+    options = BaseOptions(
+        config.quantization, dtype, CPU, placement, partial(is_trained_parameter, config), task,
+        CLASSES if task.has_classes else None,
     )  # fmt: skip
+    return load_with(str(path), options)
 
 
 def _train_on_rank(rank, config, kind, path, placement, folder):

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from lora_dist.library import load_base
 from lora_dist.model.adapters import add_adapters
-from lora_dist.model.load import load_base
 from lora_dist.model.quantization import FORMATS
-from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 from tests.helpers.parity import load_unsharded, loss_and_gradients, randomize
 
@@ -27,7 +26,7 @@ def test_loss_and_gradients_equal_bitsandbytes(config, tmp_path, family, quantiz
     path = make_checkpoint(family, tmp_path)
     outcomes = []
     for model in (
-        load_base(str(path), quantization=quantization, dtype=dtype, device=GPU, placement=Placement()),
+        load_base(str(path), quantization=quantization, dtype=dtype, device=GPU, shard_ranks=1),
         load_unsharded(quantization, dtype, path, GPU),
     ):
         model = add_adapters(model, config)

@@ -9,25 +9,28 @@ from pathlib import Path
 import bitsandbytes.functional as F
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lora_dist.data.micro_batches import MicroBatch, collate
 from lora_dist.data.rows import Rows
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
 from lora_dist.model.adapters import is_trained_parameter, trainable_parameters
-from lora_dist.model.load import load_base
+from lora_dist.model.load import BaseOptions, load_with
 from lora_dist.model.quantize_model import keep_norms_in_fp32
 from lora_dist.parallel.strategies import Placement
 
 CPU = torch.device("cpu")
 
 
-def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR, device=CPU):
-    """The base as transformers and bitsandbytes load it, without our code."""
-    model = AutoModelForCausalLM.from_pretrained(
+def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR, device=CPU, num_labels: int | None = None):
+    """The base as transformers and bitsandbytes load it, without our code. `num_labels`: of a sequence classifier."""
+    cls = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+    settings = {} if quantization == "none" else {"experts_implementation": "eager"}
+    settings |= {"num_labels": num_labels} if num_labels else {}
+    model = cls.from_pretrained(
         path, dtype=dtype, device_map={"": device}, quantization_config=bitsandbytes_config(quantization, dtype),
-        **({} if quantization == "none" else {"experts_implementation": "eager"}),
+        **settings,
     )  # fmt: skip
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
@@ -36,7 +39,7 @@ def load_unsharded(quantization: str, dtype: torch.dtype, path=BASE_DIR, device=
             ):  # experts, which transformers' integration does not quantize
                 setattr(module, name, torch.nn.Parameter(there_and_back(param.data, quantization), requires_grad=False))
     keep_norms_in_fp32(model)
-    for name, param in AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters():
+    for name, param in cls.from_pretrained(path, dtype=torch.float32).named_parameters():
         # Norms as in the checkpoint, not rounded to `dtype` on the way.
         if param.dim() == 1 and model.get_parameter(name).dtype == torch.float32:
             model.get_parameter(name).data = param.data.to(device)
@@ -100,7 +103,7 @@ def load_sharded(quantization: str, dtype: torch.dtype = torch.float32, path="em
 def load_placed(placement: Placement, quantization: str, dtype: torch.dtype, path="embedded", config=None):
     """Our base on the CPU. `config`: decides which of its parameters will be trained."""
     trained = {"will_be_trained": partial(is_trained_parameter, config)} if config else {}
-    return load_base(str(path), quantization=quantization, dtype=dtype, device=CPU, placement=placement, **trained)
+    return load_with(str(path), BaseOptions(quantization, dtype, CPU, placement, **trained))
 
 
 def zero(stage: int, offload: bool = False, **zero_optimization) -> dict:

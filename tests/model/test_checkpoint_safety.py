@@ -14,8 +14,9 @@ from lora_dist.data.formats import load_tokenizer
 from lora_dist.data.rows import PreparedData, Rows
 from lora_dist.data.tasks import TASKS
 from lora_dist.errors import UserError
+from lora_dist.library import load_base
 from lora_dist.model.files.lazy_weights import open_checkpoint
-from lora_dist.model.load import BaseOptions, check_weights, load_base
+from lora_dist.model.load import BaseOptions, check_weights
 from lora_dist.model.quantized_cache import load_cached_base
 from lora_dist.parallel.strategies import STRATEGIES, Launch, Placement
 from lora_dist.training.plan import plan_base

@@ -13,8 +13,9 @@ import torch
 from lora_dist.data.tasks import CAUSAL_LM
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
+from lora_dist.library import load_base
 from lora_dist.model.files.configs import load_model_config
-from lora_dist.model.load import BaseOptions, check_weights, load_base, meta_model
+from lora_dist.model.load import BaseOptions, check_weights, meta_model
 from lora_dist.parallel.strategies import Placement
 from tests.helpers.families import make_checkpoint
 

@@ -14,9 +14,9 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
+from lora_dist.library import load_base
 from lora_dist.model import adapters
 from lora_dist.model.adapters import add_adapters, save_adapter
-from lora_dist.model.load import load_base
 
 NAME = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
 

@@ -12,8 +12,8 @@ from lora_dist.config import TrainConfig
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
+from lora_dist.library import load_base
 from lora_dist.model.files.configs import load_generation_config
-from lora_dist.model.load import load_base
 from lora_dist.training.plan import check_names
 
 

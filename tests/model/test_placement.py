@@ -9,7 +9,8 @@ from transformers import OPTConfig
 
 from lora_dist.config import TrainConfig
 from lora_dist.errors import UserError
-from lora_dist.model.load import load_base, meta_model
+from lora_dist.library import load_base
+from lora_dist.model.load import meta_model
 from lora_dist.model.memory import base_bytes, expected_memory, layers_that_fit, peak_bytes
 from lora_dist.model.placement import agree_on_placement, choose_placement
 from lora_dist.parallel.fsdp import decoder_layers
@@ -38,7 +39,7 @@ def choose(skeleton, config, strategy="fsdp", num_ranks=8, local_ranks=4, monkey
 def test_the_model_on_meta_is_the_model_that_is_loaded(tmp_path, family, quantization, dtype):
     path = family if family == "embedded" else str(make_checkpoint(family, tmp_path, dtype))
     device = torch.device("cpu")
-    loaded = load_base(path, quantization=quantization, dtype=dtype, device=device, placement=Placement())
+    loaded = load_base(path, quantization=quantization, dtype=dtype, device=device, shard_ranks=1)
     on_meta = meta_model(path, quantization, dtype)
     seen, expected = (
         {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}

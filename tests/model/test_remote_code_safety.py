@@ -11,9 +11,10 @@ import pytest
 from lora_dist.data.formats import load_tokenizer
 from lora_dist.embedded import BASE_DIR
 from lora_dist.errors import UserError
+from lora_dist.library import load_base
 from lora_dist.model.adapters import check_adapter
 from lora_dist.model.files.configs import load_model_config
-from lora_dist.model.load import load_base, meta_model
+from lora_dist.model.load import meta_model
 from tests.helpers.ranks import ROOT
 
 SOURCES = [

@@ -11,10 +11,12 @@ from lora_dist.training.evaluation import complete_samples, f1_scores
 
 
 class Words:
-    """A tokenizer of numbers; 0 is special."""
+    """A tokenizer of numbers; 0 is special, and stands for every other word."""
+
+    bos_token_id = eos_token_id = None
 
     def __call__(self, text: str, verbose: bool) -> dict:
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [int(word) if word.isdecimal() else 0 for word in text.split()]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return "".join(f" {i}" for i in ids if i)

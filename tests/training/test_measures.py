@@ -98,7 +98,7 @@ def slow_rank_1(rank: int) -> None:
         original = step.flatten_gradients
 
         def flatten_gradients(*args, **kwargs):
-            time.sleep(0.02)
+            time.sleep(0.2)  # far more than another process on this machine may take
             return original(*args, **kwargs)
 
         step.flatten_gradients = flatten_gradients

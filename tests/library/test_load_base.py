@@ -1,0 +1,180 @@
+"""What `load_base` returns and refuses."""
+
+import os
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+import lora_dist
+from lora_dist.library import ShardedNames, _take_over_sharding
+from lora_dist.parallel.fsdp import sharded_modules
+from tests.helpers.ranks import STRATEGY_ENV, run_ranks
+from tests.helpers.trainers import held_bytes
+
+
+def adapted() -> peft.PeftModel:
+    model = lora_dist.load_base("embedded", quantization="nf4", dtype=torch.float32)
+    torch.manual_seed(dist.get_rank())
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc1"], task_type="CAUSAL_LM")).eval()
+
+
+def _answers(rank: int) -> dict:
+    model = lora_dist.load_base("embedded", quantization="int8", dtype=torch.bfloat16)
+    names = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method")
+    found = {name: getattr(model, name) for name in names}
+    with pytest.raises(ValueError, match="cast"):
+        model.to(torch.float32)
+    return found | {"class": type(model).__name__, "trains": any(p.requires_grad for p in model.parameters())}
+
+
+def test_it_answers_as_a_model_of_bitsandbytes():
+    for found in run_ranks(_answers, 2):
+        assert found == {
+            "is_quantized": True, "is_loaded_in_8bit": True, "is_loaded_in_4bit": False,
+            "quantization_method": "bitsandbytes", "class": "OPTForCausalLM", "trains": False,
+        }  # fmt: skip
+
+
+def _generated(rank: int) -> tuple[list[int], int]:
+    """Tokens of a prompt; rank 1 wants fewer of them than rank 0."""
+    model = adapted()
+    prompt = torch.arange(5, 12)[None]
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    out = model.generate(input_ids=prompt, max_new_tokens=12 if rank == 0 else 3, **settings)
+    return out[0, 7:].tolist(), held_bytes(model)
+
+
+def test_ranks_may_generate_texts_of_different_lengths():
+    (first, _), (second, _) = run_ranks(_generated, 2, timeout_s=120)
+    ((alone, _),) = run_ranks(_generated, 1)
+    assert len(first) == 12 and first == alone and second[:3] == alone[:3]
+
+
+def _ignored(rank: int) -> tuple[set[str], set[str], set[str]]:
+    model = adapted()
+    sharded = {name for name, param in model.named_parameters() if isinstance(param, DTensor)}
+    return set(model._ddp_params_and_buffers_to_ignore), sharded, {n for n, p in model.named_parameters()}
+
+
+def test_ddp_ignores_the_sharded_parameters_and_no_adapter():
+    for ignored, sharded, names in run_ranks(_ignored, 2):
+        assert sharded and ignored & names == sharded
+        assert any(".base_layer." in name for name in sharded) and not any("lora_" in name for name in ignored)
+
+
+def test_the_names_follow_what_peft_renames():
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert list(ShardedNames(linear)) == []  # nothing is sharded
+
+
+def _losses(rank: int, prepared: bool) -> tuple[list[float], int]:
+    model = lora_dist.load_base("embedded", quantization="nf4", dtype=torch.bfloat16)
+    before = held_bytes(model)
+    if prepared:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    ids = torch.arange(5, 25)[None]
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+    return losses, before - held_bytes(model)
+
+
+def test_preparing_a_sharded_base_as_peft_does_changes_nothing():
+    plain, prepared = (run_ranks(_losses, 2, flag) for flag in (False, True))
+    assert plain == prepared and plain[0][1] == 0
+
+
+PLACEMENTS = {  # (what a launcher says, arguments, bytes that a rank holds as a fraction of the base, modules sharded)
+    "torchrun": ({}, {}, 0.5, True),
+    "whole": ({}, {"shard_ranks": 1}, 1.0, False),
+    "fsdp": (STRATEGY_ENV["fsdp"], {}, 0.5, True),
+    "copies in nodes": (STRATEGY_ENV["hsdp"] | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {}, 1.0, False),
+    "offload": (STRATEGY_ENV["fsdp"] | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, 0.5, True),
+    "resident layers": ({}, {"resident_layers": 1}, 0.6, True),
+}
+
+
+def _placed(rank: int, env: dict, arguments: dict) -> tuple[int, int, int, str | None]:
+    os.environ.update(env)
+    model = lora_dist.load_base("embedded", quantization="int8", dtype=torch.float32, **arguments)
+    again = lora_dist.load_base("embedded", quantization="int8", dtype=torch.float32, **arguments)
+    assert held_bytes(again) == held_bytes(model)
+    whole = sum(param.nbytes for param in model.parameters())
+    return held_bytes(model), whole, len(sharded_modules(model)), os.environ.get("ACCELERATE_USE_FSDP")
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_base_is_where_launcher_and_arguments_say(name):
+    env, arguments, share, is_sharded = PLACEMENTS[name]
+    for held, whole, num_sharded, engine in run_ranks(_placed, 2, env, arguments):
+        assert held / whole == pytest.approx(share, abs=0.06) and bool(num_sharded) == is_sharded
+        assert engine is None  # an Accelerator would shard the base again
+
+
+REFUSED = {  # (environment, arguments, words of the error)
+    "quantization": ({}, {"quantization": "int9"}, "quantization 'int9': must be one of int8, nf4, nf4_plain, none"),
+    "ranks": ({}, {"shard_ranks": 3}, "shard_ranks 3: must divide the 1 ranks"),
+    "layers without shards": ({}, {"resident_layers": 1}, "resident_layers 1: has no effect, because each rank holds"),
+    "offload without shards": ({}, {"offload": True}, "offload True: has no effect, because each rank holds the whole"),
+    "negative": ({}, {"resident_layers": -1}, "resident_layers -1: must be 0 or more"),
+    "labels": ({}, {"num_labels": 0}, "num_labels 0: must be 1 or more"),
+    "task": (
+        {},
+        {"peft_config": peft.LoraConfig(task_type="FEATURE_EXTRACTION")},
+        "must be one of CAUSAL_LM",
+    ),
+    "no such model": ({}, {"name_or_path": "/nothing"}, "/nothing"),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED: load_base shards the base itself; use accel"),
+    "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "megatron_lm: is not supported by load_base; use fsdp"),
+    "FSDP 1": (
+        {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", "RANK": "0"},
+        {},
+        "fsdp_version: none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_boundary_what_cannot_work_is_one_line(name, monkeypatch):
+    env, arguments, words = REFUSED[name]
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    _take_over_sharding.cache_clear()
+    try:
+        with pytest.raises(lora_dist.UserError) as raised:
+            lora_dist.load_base(**{"name_or_path": "embedded"} | arguments)
+    finally:
+        _take_over_sharding.cache_clear()
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def _after_arguments(rank: int, folder: str) -> str:
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    TrainingArguments(folder)
+    with pytest.raises(lora_dist.UserError) as raised:
+        lora_dist.load_base("embedded")
+    return str(raised.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_boundary_arguments_that_would_let_each_rank_train_alone(tmp_path):
+    for line in run_ranks(_after_arguments, 2, str(tmp_path)):
+        assert line.startswith("TrainingArguments use_cpu False: without a GPU, each rank would train alone; give use_")
+
+
+def _too_many_layers(rank: int) -> str:
+    with pytest.raises(lora_dist.UserError) as raised:
+        lora_dist.load_base("embedded", resident_layers=4)
+    return str(raised.value)
+
+
+def test_boundary_more_resident_layers_than_the_model_has():
+    assert set(run_ranks(_too_many_layers, 2)) == {"resident_layers 4: the model has 4 layers; give fewer"}
