@@ -183,6 +183,18 @@ class ShardedNames:
                 yield from (name, f"base_model.model.{name}")  # the second is its name in a PeftModel
 
 
+def _check_what_is_trained(model: FSDPModule, args: tuple) -> None:
+    """Raises UserError before a forward with gradients if it cannot train what it should."""
+    if torch.compiler.is_compiling():
+        raise UserError("torch_compile: is not supported for a sharded base; leave it out")
+    if torch.is_grad_enabled():
+        for name, param in model.named_parameters():
+            if param.requires_grad and isinstance(param, DTensor):
+                raise UserError(
+                    f"{name} is trained whole, but it is sharded; give load_base the peft_config that asks for it"
+                )
+
+
 def _free_root(model: FSDPModule, args: tuple, output: object) -> None:
     """Free the weights outside of the layers after a forward that no backward follows, as it would free them.
 
@@ -200,6 +212,7 @@ def _ready_for_trainers(model: PreTrainedModel, quantization: str, placement: Pl
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES if model.is_quantized else None
     if placement.shard_ranks > 1:
         model._ddp_params_and_buffers_to_ignore = ShardedNames(model)
+        model.register_forward_pre_hook(_check_what_is_trained)
         model.register_forward_hook(_free_root)
         model._is_fsdp_managed_module = True  # a rank that has generated all its tokens goes on gathering for others
     return model

@@ -156,6 +156,42 @@ def test_boundary_what_cannot_work_is_one_line(name, monkeypatch):
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
+WHOLE = {"bias": "all", "modules_to_save": ["final_layer_norm"]}
+
+
+def _trained_whole(rank: int, is_said: bool) -> tuple[set[str], str]:
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **WHOLE)
+    said = {"peft_config": lora} if is_said else {}
+    model = peft.get_peft_model(lora_dist.load_base("embedded", quantization="int8", dtype=torch.float32, **said), lora)
+    ids = torch.arange(5, 25)[None]
+    try:
+        model(input_ids=ids, labels=ids).loss.backward()
+    except lora_dist.UserError as error:
+        return set(), str(error)
+    return {name for name, p in model.named_parameters() if p.grad is not None and not isinstance(p, DTensor)}, ""
+
+
+def test_what_is_trained_whole_is_not_sharded_if_load_base_knows_of_it():
+    trained, error = run_ranks(_trained_whole, 2, True)[0]
+    assert not error and any("final_layer_norm.modules_to_save" in name for name in trained)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in trained)
+    for trained, error in run_ranks(_trained_whole, 2, False):
+        assert not trained and error.endswith("but it is sharded; give load_base the peft_config that asks for it")
+
+
+def _compiled(rank: int) -> str:
+    model = adapted().train()
+    ids = torch.arange(5, 25)[None]
+    with pytest.raises(Exception) as raised:
+        torch.compile(model)(input_ids=ids, labels=ids)
+    return str(raised.value)
+
+
+def test_boundary_torch_compile_is_refused_and_does_not_hang():
+    for error in run_ranks(_compiled, 2):
+        assert "torch_compile: is not supported for a sharded base; leave it out" in error
+
+
 def _after_arguments(rank: int, folder: str) -> str:
     os.environ.pop("ACCELERATE_USE_CPU", None)
     TrainingArguments(folder)
