@@ -206,7 +206,7 @@ def _free_root(model: FSDPModule, args: tuple, output: object) -> None:
 
 
 def _ready_for_trainers(model: PreTrainedModel, quantization: str, placement: Placement) -> PreTrainedModel:
-    """Tell Trainer, TRL and transformers' `generate` what they ask a model."""
+    """Tell Trainer and TRL what they ask a model. (`generate` asks whether FSDP2 manages it, which torch says.)"""
     model.is_quantized = quantization != "none"
     # As a model of bitsandbytes says it: Trainer leaves it on its device, and casting it to another dtype is refused.
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES if model.is_quantized else None
@@ -214,5 +214,4 @@ def _ready_for_trainers(model: PreTrainedModel, quantization: str, placement: Pl
         model._ddp_params_and_buffers_to_ignore = ShardedNames(model)
         model.register_forward_pre_hook(_check_what_is_trained)
         model.register_forward_hook(_free_root)
-        model._is_fsdp_managed_module = True  # a rank that has generated all its tokens goes on gathering for others
     return model
