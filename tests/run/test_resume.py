@@ -73,6 +73,7 @@ KINDS = {
     "bf16, classifier, biases, DoRA": (
         "--lora_bias", "all", "--use_dora", "true", "--lr_scheduler_type", "constant", "--num_labels", "8",
     ),
+    "fp32, pairs": ("--lora_dropout", "0.05"),
 }  # fmt: skip
 
 
@@ -82,7 +83,8 @@ KINDS = {
 def undisturbed(request, tmp_path_factory):
     """(flags, how it is started, folder) of a run on 2 ranks that was not killed."""
     how = {"env": {"ACCELERATE_MIXED_PRECISION": "bf16"} if "bf16" in request.param else {}}
-    how["recipe"] = "quotes_tags" if "classifier" in request.param else "opt_quotes"
+    recipes = {"classifier": "quotes_tags", "pairs": "dpo"}
+    how["recipe"] = next((recipe for word, recipe in recipes.items() if word in request.param), "opt_quotes")
     folder = RunFolder(tmp_path_factory.mktemp("undisturbed") / "run")
     start(folder, *KINDS[request.param], strategy="fsdp", **how)
     return KINDS[request.param], how, folder

@@ -13,6 +13,11 @@ ANSWERS = ("chosen", "rejected")
 
 def has_chats(example: dict, where: str) -> bool:
     """True if the answers are messages. Raises UserError if one is a text and the other is not."""
+    for column in ("prompt", *ANSWERS):
+        value = example.get(column)
+        if not isinstance(value, str | list | dict | None):
+            kind = type(value).__name__
+            raise UserError(f"{where}: column {column} holds a {kind}; it must hold text or a list of messages")
     kinds = {isinstance(example[column], str) for column in ANSWERS if example[column] is not None}
     if len(kinds) > 1:
         raise UserError(f"{where}: one of chosen and rejected is a text and the other is not; make them alike")
@@ -38,7 +43,7 @@ def read_chats(example: dict, where: str) -> list[Chat]:
 
     A column "prompt" that is a text repeats what the answers begin with, as in HuggingFaceH4/ultrafeedback_binarized.
     """
-    if isinstance(example.get("prompt"), list):
+    if isinstance(example.get("prompt"), list | dict):
         return [read_chat(example, ("prompt", column), where) for column in ANSWERS]
     chats = [read_chat(example, (column,), where) for column in ANSWERS]
     pairs = zip(*(chat.messages for chat in chats), strict=False)
