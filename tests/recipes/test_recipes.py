@@ -64,6 +64,7 @@ def test_it_trains_sharded_and_scores(run):
         assert summary["accuracy"] > 0.3  # at the least it writes one of the two labels
     if recipe == "dpo":
         assert (summary["reward_accuracy_base"], metrics[0]["eval/rewards/margins"]) == (0.0, 0.0)
+        assert abs(metrics[1]["train/rewards/margins"]) < 1e-3  # no dropout in the base: the embedded one has 0.1
         assert summary["reward_accuracy"] > 0.9 and f"0.00 base, {summary['reward_accuracy']:.2f} base +" in printed
         names = {f"{split}/{name}" for split in ("train", "eval") for name in PAIR_MEASURES}
         assert names <= {name for line in metrics for name in line} <= names | KNOWN

@@ -60,8 +60,10 @@ def make_run(config, placement, *, per_step=BATCHES):
 
 def _ours_on_rank(rank, config):
     run = make_run(config, Placement())
-    set_reference(run)
     randomize(run.model)
+    before = fingerprint(run.model)
+    set_reference(run)
+    assert fingerprint(run.model) == before  # also if the reference is another adapter
     run.model.train()
     flat, _ = sum_over_ranks(run.training, 0, Stopwatch(CPU, lambda: 0.0))
     numel = sum(p.numel() for p in run.training.params)
@@ -69,7 +71,9 @@ def _ours_on_rank(rank, config):
     flat /= flat[numel + num_sums].item()
     loss, *measured = flat[numel : numel + num_sums].tolist()
     chosen = [ids[0] // 2 for index in range(BATCHES) for ids in run.training.micro_batches.row_ids(0, index)]
-    return loss, flat[:numel], dict(zip(PAIR_MEASURES, measured, strict=True)), chosen
+    step = train_step(run.training, 0)
+    assert step.loss == pytest.approx(loss, rel=1e-6)
+    return loss, flat[:numel], step.grad_norm, dict(zip(PAIR_MEASURES, measured, strict=True)), chosen
 
 
 def _trl_on_rank(rank, config, model, chosen, folder):
@@ -121,11 +125,12 @@ def test_trl_gives_our_loss_and_gradients(preferences, tmp_path, kind):
         spread(model)
         save_adapter(model, load_tokenizer("embedded"), tmp_path / "adapter")
         config = dataclasses.replace(config, reference_adapter=str(tmp_path / "adapter"))
-    ((loss, gradient, measures, chosen),) = run_ranks(_ours_on_rank, 1, config)
+    ((loss, gradient, norm, measures, chosen),) = run_ranks(_ours_on_rank, 1, config)
     ((their_loss, theirs, their_measures),) = run_ranks(_trl_on_rank, 1, config, model, chosen, tmp_path / "trl")
     assert len(set(chosen)) == PAIRS_PER_BATCH * BATCHES and gradient.abs().max() > 1e-3
     assert loss == pytest.approx(their_loss, abs=BOUND)
     assert (gradient - theirs).abs().max() < BOUND * max(1, theirs.abs().max())
+    assert norm == pytest.approx(theirs.norm().item(), rel=1e-5)
     assert measures == pytest.approx(their_measures, rel=1e-5, abs=1e-5)
     assert 0 < measures["rewards/accuracies"] < 1 and abs(measures["rewards/margins"]) > 0.01
 
@@ -262,6 +267,7 @@ def test_the_reference_depends_on_base_rows_and_batches(preferences):
     changes = [
         {}, {"quantization": "nf4"}, {"max_length": 30}, {"per_device_train_batch_size": 2},
         {"per_device_eval_batch_size": 2}, {"eval_fraction": 0.1, "dataset_test_split": "none"},
+        {"rename_columns": ["chosen=rejected", "rejected=chosen"]},
     ]  # fmt: skip
     configs = [dataclasses.replace(preferences, **change) for change in changes]
     found = [run_ranks(_identity_on_rank, 1, config, 0)[0] for config in configs]
