@@ -18,6 +18,7 @@ from lora_dist.data.rows import Rows, prepare_rows
 from lora_dist.data.tasks import IGNORE_INDEX, PAIR_MEASURES, PREFERENCE
 from lora_dist.embedded import PREFERENCES_DIR
 from lora_dist.model.adapters import add_adapters, fingerprint, save_adapter, trainable_parameters
+from lora_dist.model.memory import base_bytes
 from lora_dist.parallel.fsdp import sharded_modules
 from lora_dist.parallel.strategies import Placement
 from lora_dist.training import evaluation
@@ -165,6 +166,8 @@ def _train_on_rank(rank, config, placement):
     """2 steps, of which the last ends the data, and an evaluation."""
     evaluation.read_reference = lambda *args: None  # each computes it
     run = make_run(config, placement, per_step=12)
+    held = base_bytes(run.model)
+    assert (held.held < 0.8 * held.total) == (placement.shard_ranks > 1 or placement.stages > 1)
     assert len(sharded_modules(run.model)) > 1 or placement.shard_ranks == 1 or placement.zero_stage
     set_reference(run)
     assert np.count_nonzero(run.training.micro_batches.rows.reference) == 160
@@ -174,6 +177,7 @@ def _train_on_rank(rank, config, placement):
     assert run.training.num_steps == 2 and run.training.micro_batches(1, 11).loss_weight == 0
     steps = [train_step(run.training, step) for step in range(2)]
     figures = [(s.loss, s.grad_norm, tuple(s.measures.values()), s.num_trained_tokens) for s in steps]
+    assert base_bytes(run.model) == held
     references = [rows.reference.tobytes() for rows in (run.training.micro_batches.rows, run.held_out)]
     return fingerprint(run.model).hex(), figures, base, evaluate(run), references
 
@@ -251,6 +255,24 @@ def test_a_reference_that_cannot_be_kept_is_a_warning(kept, monkeypatch, capsys)
 
 def _fail(error, *args):
     raise error
+
+
+def _twice_on_rank(rank, config):
+    """The references of two starts, of which the second has no model that could compute one."""
+    found = []
+    for _ in range(2):
+        run = make_run(config, Placement(2))
+        if found:
+            run.model.forward = partial(_fail, AssertionError("a forward"))
+        set_reference(run)
+        found.append([rows.reference.tobytes() for rows in (run.training.micro_batches.rows, run.held_out)])
+    return found
+
+
+def test_a_second_start_reads_the_reference(preferences, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    (first, second), other = run_ranks(_twice_on_rank, 2, preferences)
+    assert first == second and other == [first, first] and any(first[0])
 
 
 def _identity_on_rank(rank, config, rows):
