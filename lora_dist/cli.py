@@ -135,7 +135,7 @@ def _add_train(commands) -> None:
     command = commands.add_parser(
         "train", help="train a recipe on this machine: on all its GPUs, or on 2 CPU ranks if it has none",
         description="Train a recipe on this machine. RECIPE is the name of a recipe that ships (sft, opt_quotes, "
-        "bloomz_complaints, quotes_tags) or a file. Every other word is one of the recipe's settings: see "
+        "bloomz_complaints, quotes_tags, dpo) or a file. Every other word is one of the recipe's settings: see "
         "lora-dist train RECIPE --help. Exit code: 0 if the run is completed, or preempted and saved; 2 for bad input; "
         "1 for a run that failed.",
         epilog="Examples: lora-dist train opt_quotes; lora-dist train sft --model_name_or_path "

@@ -106,8 +106,9 @@ def doctor(args) -> None:
         print(json.dumps({"counts": counts, "warnings": data.warnings(), "examples": examples}))
         return
     print(data.table())
-    for number, example in enumerate(examples, 1):
-        print(f"\nexample {number}, as {config.model_name_or_path} reads it; trained on between ⟦ and ⟧:\n{example}")
+    names = ("example 1, chosen", "example 1, rejected") if config.has_pairs else ("example 1", "example 2")
+    for name, example in zip(names, examples, strict=False):
+        print(f"\n{name}, as {config.model_name_or_path} reads it; trained on between ⟦ and ⟧:\n{example}")
 
 
 def _check_ranks(args) -> None:

@@ -123,8 +123,8 @@ class DataSettings:
     dataset_name: str | None = setting(
         None,
         "Data set: a hub name; one or several .json, .jsonl, .csv, .tsv, .txt, .parquet or .arrow files, or a pattern "
-        "for them in quotes; a directory of such files or one that save_to_disk wrote; embedded or "
-        "embedded/complaints. Default: the recipe's choice with or without a GPU.",
+        "for them in quotes; a directory of such files or one that save_to_disk wrote; embedded, "
+        "embedded/complaints or embedded/preferences. Default: the recipe's choice with or without a GPU.",
         resume="ask",
     )
     dataset_config: str | None = setting(None, "Configuration of a hub data set that has several.", resume="ask")
@@ -141,10 +141,10 @@ class DataSettings:
     streaming: bool = setting(
         False, "Read the data while training, for data that is too large for the disk. Needs --max_steps."
     )
-    dataset_format: Literal["auto", "text", "prompt_completion", "alpaca", "messages"] = setting(
+    dataset_format: Literal["auto", "text", "prompt_completion", "alpaca", "messages", "preference"] = setting(
         "auto",
-        "What the columns hold: text; prompt and completion; instruction, input and output; or the messages of a "
-        "chat. auto: decided by the names of the columns.",
+        "What the columns hold: text; prompt and completion; instruction, input and output; the messages of a chat; or "
+        "a chosen and a rejected answer. auto: decided by the names of the columns.",
         resume="ask",
     )
     dataset_label_field: str | None = setting(
@@ -358,6 +358,51 @@ class OptimizationSettings:
         require(rate * self.weight_decay < 1, "weight_decay", self.weight_decay, why)
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """Loss"""
+
+    loss_type: Literal["nll", "sigmoid", "hinge", "ipo", "robust"] = setting(
+        "nll",
+        "nll: the negative log-likelihood of the trained tokens. Losses of pairs of a chosen and a rejected answer: "
+        "sigmoid (DPO), hinge (SLiC), ipo, or robust (DPO for labels that may be wrong).",
+        resume="ask",
+    )
+    beta: float = setting(
+        0.1,
+        "Losses of pairs: how closely the model is held to the reference; a larger value holds it closer.",
+        Bounds(0, 1_000, without="low"),
+        resume="ask",
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "sigmoid and robust: probability that a pair's answers are the wrong way round.",
+        Bounds(0, 0.5, without="high"),
+        resume="ask",
+    )
+    reference_adapter: str | None = setting(
+        None,
+        "Losses of pairs: directory of a PEFT adapter with the same LoRA settings; the base with it is the reference. "
+        "Default: the base alone.",
+        resume="ask",
+    )
+
+    @property
+    def has_pairs(self) -> bool:
+        """True if the loss compares a chosen answer with a rejected one."""
+        return self.loss_type != "nll"
+
+    def check(self) -> None:
+        loss, smoothing = self.loss_type, self.label_smoothing
+        for name, default in (("beta", 0.1), ("reference_adapter", None)):
+            value, why = getattr(self, name), "has no effect with --loss_type nll; use sigmoid, hinge, ipo or robust"
+            require(self.has_pairs or value == default, name, value, why)
+        smooths = loss in ("sigmoid", "robust")
+        why = f"has no effect with --loss_type {loss}; use sigmoid or robust"
+        require(smooths or not smoothing, "label_smoothing", smoothing, why)
+        require(loss != "robust" or smoothing, "loss_type", loss, "needs --label_smoothing, e.g. 0.1")
+
+
 def check_warmup(config: "OptimizationSettings", num_steps: int) -> None:
     """Raises UserError if every step of the run has a learning rate of 0. A warm-up begins there."""
     dead = num_steps == 1 and config.warmup_steps and config.lr_scheduler_type != "constant"
@@ -470,7 +515,7 @@ class TrackingSettings:
 
 
 # In the order of --help. A dataclass takes the fields of its last parent first.
-GROUPS = (BaseSettings, DataSettings, LoraSettings, OptimizationSettings, RunSettings, TrackingSettings)
+GROUPS = (BaseSettings, DataSettings, LoraSettings, LossSettings, OptimizationSettings, RunSettings, TrackingSettings)
 
 
 @dataclass(frozen=True)

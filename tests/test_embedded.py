@@ -6,7 +6,7 @@ import statistics
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dist.embedded import BASE_DIR, COMPLAINTS_DIR, QUOTES_DIR, build
+from lora_dist.embedded import BASE_DIR, COMPLAINTS_DIR, PREFERENCES_DIR, QUOTES_DIR, build
 from lora_dist.embedded.text import prose, quote
 
 
@@ -63,3 +63,14 @@ def test_the_complaints_are_what_the_script_writes(tmp_path):
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (COMPLAINTS_DIR / f"{split}.jsonl").read_bytes()
         rows = [json.loads(line) for line in (COMPLAINTS_DIR / f"{split}.jsonl").read_text().splitlines()]
         assert 0.4 < statistics.mean(row["Label"] == "complaint" for row in rows) < 0.6
+
+
+def test_the_preferences_are_what_the_script_writes(tmp_path):
+    build.write_preferences(tmp_path)
+    rows = {}
+    for split in ("train", "test"):
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (PREFERENCES_DIR / f"{split}.jsonl").read_bytes()
+        rows[split] = [json.loads(line) for line in (PREFERENCES_DIR / f"{split}.jsonl").read_text().splitlines()]
+        assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in rows[split])
+    assert (len(rows["train"]), len(rows["test"])) == (80, 40)
+    assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["test"]}

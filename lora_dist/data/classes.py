@@ -161,9 +161,30 @@ class ClassEncoder(Encoder):
         return self.number_of_value.get(value)
 
 
+def _check_pairs(config: TrainConfig) -> None:
+    """Raises UserError if a setting is not supported with a loss of pairs."""
+    refused = f"is not supported with --loss_type {config.loss_type}"
+    remedies = {
+        "task_type": ("CAUSAL_LM", "pairs are answers of a causal language model"),
+        "packing": (False, "each answer is a row of its own; give --packing false"),
+        "streaming": (False, "the reference is computed for all pairs before the first step"),
+        "overlong_rows": (config.overlong_rows.replace("split", "truncate"), "use truncate or drop"),
+        "context_parallel_size": (1, "ranks cannot share the rows of a pair; give 1"),
+        "train_on_inputs": (False, "both answers have the same prompt; give false"),
+    }
+    for name, (allowed, why) in remedies.items():
+        value = getattr(config, name)
+        require(value == allowed, name, value, f"{refused}: {why}")
+    changed = config.lora_bias != "none" and config.adapter_name_or_path and not config.reference_adapter
+    why = f"{refused} and --adapter_name_or_path: the base with those biases is no reference; give --reference_adapter"
+    require(not changed, "lora_bias", config.lora_bias, why)
+
+
 def check_task_settings(config: TrainConfig) -> None:
     """Raises UserError if a setting has no effect with `--task_type`, is not supported with it, or is missing."""
     task, label = TASKS[config.task_type], config.dataset_label_field
+    if config.has_pairs:
+        _check_pairs(config)
     with_task = f"with --task_type {task.name}"
     if task.has_classes:
         require(label, "task_type", task.name, "needs --dataset_label_field COLUMN, the column that holds the classes")

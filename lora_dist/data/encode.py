@@ -12,7 +12,7 @@ from lora_dist.boundary import boundary
 from lora_dist.config import TrainConfig
 from lora_dist.data.formats import Document, Encoded, Encoder
 from lora_dist.data.sources import ORIGIN, as_examples, read_batches, where_from
-from lora_dist.data.tasks import IGNORE_INDEX, TASKS
+from lora_dist.data.tasks import IGNORE_INDEX, task_of
 
 WHAT_HAPPENS = {"truncate": "cut off", "split": "cut into several rows", "drop": "left out"}  # to overlong rows
 
@@ -82,8 +82,8 @@ def encode(
             rows = encoder(filled)
             for what, where in dict.fromkeys(encoder.take_left_out()):
                 counts.note(what, where.removeprefix(f"--dataset_name {config.dataset_name}: "))
-            for row in rows:
-                yield from _cut_and_count(row, config, counts, row_hashes)
+            for of_example in zip(*[iter(rows)] * task_of(config).rows_per_example, strict=True):
+                yield from _cut_and_count(of_example, config, counts, row_hashes)
             bar.update(len(documents))
 
 
@@ -105,17 +105,22 @@ def _without_added_nulls(value):
     return [_without_added_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _cut_and_count(row: Encoded, config: TrainConfig, counts: Counts, row_hashes: set[bytes]) -> Iterator[Encoded]:
-    task = TASKS[config.task_type]
-    parts = cut(*row, config.max_length, config.overlong_rows, labels_each_token=task.labels_each_token)
-    counts.overlong += max(map(len, row)) > config.max_length
-    kept = [part for part in parts if task.has_trained_tokens(part[1])]
+def _cut_and_count(
+    rows: tuple[Encoded, ...], config: TrainConfig, counts: Counts, row_hashes: set[bytes]
+) -> Iterator[Encoded]:
+    """`rows`: of one example; the two of a pair are kept or left out together. Equal ones would train nothing."""
+    task = task_of(config)
+    settings = {"overlong_rows": config.overlong_rows, "labels_each_token": task.labels_each_token}
+    parts = list(zip(*(cut(*row, config.max_length, **settings) for row in rows), strict=False))
+    counts.overlong += max(len(part) for row in rows for part in row) > config.max_length
+    differ = [group for group in parts if len(group) == 1 or group[0] != group[1]]
+    kept = [group for group in differ if all(task.has_trained_tokens(labels) for _, labels in group)]
     counts.without_trained_tokens += bool(parts) and not kept
     if kept and not config.streaming:  # the hashes of a stream would fill the memory
-        digest = hashlib.blake2b(str(row).encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(str(rows).encode(), digest_size=8).digest()
         counts.repeated += digest in row_hashes
         row_hashes.add(digest)
-    for ids, labels in kept:
+    for ids, labels in (row for group in kept for row in group):
         counts.rows += 1
         counts.tokens += len(ids)
         counts.trained_tokens += sum(label != IGNORE_INDEX for label in labels[task.first_predicted :])

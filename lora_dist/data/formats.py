@@ -1,10 +1,11 @@
-"""Formats of examples, and how each becomes token ids and labels: text, prompt and completion, instructions, chats.
+"""Formats of examples, and how each becomes token ids and labels: texts, completions, instructions, chats, pairs.
 
 An example is one record of the data set. A label is the token's own id if the token is trained, and IGNORE_INDEX if it
 is only read. A prompt is tokenized as it will be at inference, where it stands alone.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from lora_dist.boundary import boundary, read_text
 from lora_dist.config import TrainConfig
 from lora_dist.data.chat_template import ChatTemplate, Encoded
 from lora_dist.data.chats import OTHER_COLUMNS, Chat, read_chat
+from lora_dist.data.preference import pairs
 from lora_dist.data.tasks import IGNORE_INDEX
 from lora_dist.embedded import model_path
 from lora_dist.errors import UserError, require
 
-COLUMNS = {  # that a format needs
+COLUMNS = {  # that a format needs; "preference" needs those of `pairs.ANSWERS`
     "text": ("text",), "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
     "messages": ("messages",),
 }  # fmt: skip
@@ -69,6 +71,16 @@ def choose_format(columns: list[str], config: TrainConfig) -> str:
     """
     has = f"{config.dataset_name} has {', '.join(columns)}"
     field, wanted = config.dataset_text_field, config.dataset_format
+    has_answers = all(column in columns for column in pairs.ANSWERS)
+    if config.has_pairs:
+        why = f"has no effect with --loss_type {config.loss_type}, which needs pairs"
+        require(wanted in ("auto", "preference"), "dataset_format", wanted, why)
+        require(field is None, "dataset_text_field", field, why)
+        why = f"needs columns chosen and rejected, but {has}; use --rename_columns OLD=NEW"
+        require(has_answers, "loss_type", config.loss_type, why)
+        return "preference"
+    why = "needs a loss of pairs; give --loss_type sigmoid, or use recipes/dpo.py"
+    require(wanted != "preference", "dataset_format", wanted, why)
     if field is not None:
         require(field in columns, "dataset_text_field", field, f"no such column: {has}")
         why = f"has no effect with --dataset_format {wanted}"
@@ -77,6 +89,7 @@ def choose_format(columns: list[str], config: TrainConfig) -> str:
     possible = [name for name, needed in COLUMNS.items() if all(_find_column(c, columns) for c in needed)]
     if wanted == "auto":
         hint = "name a text column with --dataset_text_field, or rename columns with --rename_columns"
+        hint = "these are pairs: give --loss_type sigmoid, or use recipes/dpo.py" if has_answers else hint
         known = "; ".join(", ".join(needed) for needed in COLUMNS.values())
         require(possible, "dataset_format", wanted, f"{has}, which is none of: {known}; {hint}")
         return min(possible, key=lambda name: name == "text")  # last: as text, the prompts would be trained too
@@ -93,22 +106,27 @@ def _find_column(name: str, columns: list[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Document:
-    """One example after its columns were read: either `parts` or `chat` is filled."""
+    """One example after its columns were read: either `parts` or `chat` is filled.
+
+    Of a pair, this is the prompt with the chosen answer.
+    """
 
     number: str  # where the example is from, for messages: "line 7", "example 7"
     parts: tuple[str, ...] = ()  # one text; or prompt and completion; TOKEN_CLS: words
     chat: Chat | None = None
     labels: object = None  # of a classifier: the class or the classes, as the data set names them
+    rejected: "Document | None" = None  # of a pair: the prompt with the rejected answer
 
     @property
     def text(self) -> str:
-        return "".join(self.parts) or (self.chat.text if self.chat else "")
+        own = "".join(self.parts) or (self.chat.text if self.chat else "")
+        return own + (self.rejected.text if self.rejected else "")
 
     @property
     def is_empty(self) -> bool:
         """True if there is nothing to learn: no text, or a prompt whose completion is empty."""
         lacks_completion = self.labels is None and len(self.parts) == 2 and not self.parts[1].strip()
-        return lacks_completion or not self.text.strip()
+        return lacks_completion or not self.text.strip() or bool(self.rejected and self.rejected.is_empty)
 
 
 class Encoder:
@@ -131,10 +149,11 @@ class Encoder:
     @property
     def unread(self) -> list[str]:
         """Columns of the data set that this format does not read. To be asked after the examples were read."""
+        others = OTHER_COLUMNS if self.reads_chats else ()
         read = {
             "text": [self.config.dataset_text_field or "text"], "alpaca": ["instruction", "input", "output"],
             "messages": [_find_column("messages", self.columns), *OTHER_COLUMNS],
-            "prompt_completion": ["prompt", "completion", *(OTHER_COLUMNS if self.reads_chats else ())],
+            "prompt_completion": ["prompt", "completion", *others], "preference": ["prompt", *pairs.ANSWERS, *others],
             "classes": [self.config.dataset_text_field or "text", self.config.dataset_label_field],
         }[self.format]  # fmt: skip
         return [column for column in self.columns if column not in read]
@@ -147,6 +166,8 @@ class Encoder:
             return self._chat(example, (_find_column("messages", self.columns),), number)
         if self.format == "alpaca":
             return self._instruction(example, number)
+        if self.format == "preference":
+            return self._pair(example, number)
         if not any(isinstance(example[column], list | dict) for column in COLUMNS["prompt_completion"]):
             return Document(number, (self._text(example, "prompt", number), self._text(example, "completion", number)))
         self._require_template("prompt_completion")
@@ -154,14 +175,19 @@ class Encoder:
         return self._chat(example, ("prompt", "completion"), number)
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
-        """(token ids, labels) of each document, of any length. Raises UserError if a chat cannot be rendered."""
+        """(token ids, labels) of each document, of any length; of a pair two, the chosen one first.
+
+        Raises UserError if a chat cannot be rendered.
+        """
         if self.format == "text":
             return [self._with_eos(ids, ids) for ids in self._tokenize([document.text for document in documents])]
-        pairs = [document.parts for document in documents if not document.chat]
+        if self.format == "preference":
+            documents = [half for document in documents for half in (document, document.rejected)]
+        parts = [document.parts for document in documents if not document.chat]
         chats = [document for document in documents if document.chat]
         encode = self._targets if self.config.task_type == "SEQ_2_SEQ_LM" else self._completions
-        encoded_pairs, encoded_chats = iter(encode(pairs) if pairs else []), iter(self._encode_chats(chats))
-        return [next(encoded_chats if document.chat else encoded_pairs) for document in documents]
+        encoded_parts, encoded_chats = iter(encode(parts) if parts else []), iter(self._encode_chats(chats))
+        return [next(encoded_chats if document.chat else encoded_parts) for document in documents]
 
     def _encode_chats(self, documents: list[Document]) -> list[Encoded]:
         if not documents:
@@ -209,6 +235,21 @@ class Encoder:
         """SEQ_2_SEQ_LM: the token ids are the prompt's, for the encoder, and the labels are the completion's."""
         prompts, targets = (self._tokenize([pair[side] for pair in pairs]) for side in (0, 1))
         return [(ids, self._with_eos(target, target)[1]) for ids, target in zip(prompts, targets, strict=True)]
+
+    def _pair(self, example: dict, number: str) -> Document:
+        where = self._where(number)
+        if pairs.has_chats(example, where):
+            self._require_template("preference")
+            self.reads_chats = True
+            chosen, rejected = (Document(number, chat=chat) for chat in pairs.read_chats(example, where))
+        else:
+            chosen, rejected = (self._text(example, column, number) for column in pairs.ANSWERS)
+            if "prompt" in self.columns:
+                prompt = self._text(example, "prompt", number)
+            else:
+                prompt, chosen, rejected = pairs.split_texts(chosen, rejected)
+            chosen, rejected = (Document(number, (prompt, answer)) for answer in (chosen, rejected))
+        return dataclasses.replace(chosen, rejected=rejected)
 
     def _instruction(self, example: dict, number: str) -> Document:
         """An instruction becomes a chat if the tokenizer has a chat template, and text with headings if it has none."""

@@ -34,11 +34,17 @@ class MicroBatch:
     labels_BL: torch.Tensor  # int64, as the task defines them; IGNORE_INDEX for what is not trained
     packed: bool = False
     task: Task = CAUSAL_LM
+    reference_B: torch.Tensor | None = None  # of pairs: the log-probability of each row under the reference, fp32
 
     @property
     def num_trained_tokens(self) -> int:
-        """Number of labels that the loss is a mean over; see `Task.num_trained_tokens`."""
+        """Number of trained labels; see `Task.num_trained_tokens`."""
         return self.task.num_trained_tokens(self.labels_BL)
+
+    @property
+    def loss_weight(self) -> int:
+        """Number of terms that the loss is a mean over; see `Task.loss_weight`."""
+        return self.task.loss_weight(self.labels_BL)
 
     @property
     def num_tokens(self) -> int:
@@ -56,13 +62,14 @@ class MicroBatch:
 
     def _map(self, change) -> "MicroBatch":
         tensors = (self.input_ids_BT, self.attention_mask_BT, self.labels_BL)
-        return MicroBatch(*map(change, tensors), self.packed, self.task)
+        reference_B = None if self.reference_B is None else change(self.reference_B)
+        return MicroBatch(*map(change, tensors), self.packed, self.task, reference_B)
 
 
 def collate(rows: Sequence[dict], pad_token_id: int, task: Task = CAUSAL_LM) -> MicroBatch:
     """Pad rows on the right to the length of the longest one. Each has `input_ids` and `labels`.
 
-    A packed row has an `attention_mask` too; either all rows are packed or none is.
+    A packed row has an `attention_mask` too, and the row of a pair a `reference`; either all rows have it or none.
     """
     packed = "attention_mask" in rows[0]
     masks = [row["attention_mask"] if packed else [1] * len(row["input_ids"]) for row in rows]
@@ -72,6 +79,7 @@ def collate(rows: Sequence[dict], pad_token_id: int, task: Task = CAUSAL_LM) -> 
         _padded([row["labels"] for row in rows], IGNORE_INDEX),
         packed,
         task,
+        torch.tensor([row["reference"] for row in rows]) if "reference" in rows[0] else None,
     )
 
 
@@ -106,7 +114,8 @@ class MicroBatches:
     fewer sequences.
 
     A sequence is one row; with `pack_to`, it is as many rows as fit into that many tokens. With `group_by_length`, the
-    rows of a step have similar lengths.
+    rows of a step have similar lengths. A sequence of pairs is one pair: its chosen and its rejected row, which are
+    rows 2i and 2i + 1.
     """
 
     def __init__(
@@ -147,14 +156,14 @@ class MicroBatches:
         for window, position in self._locate(step, index):
             rows, row_ids = self._window(window)
             documents = [rows[i] for i in row_ids[position]]
-            sequences.append(join(documents) if self.pack_to else documents[0])
-        return collate(sequences or [self._untrained_sequence()], self.pad_token_id, self.task)
+            sequences += [join(documents)] if self.pack_to else documents
+        return collate(sequences or self._untrained_sequence(), self.pad_token_id, self.task)
 
-    def _untrained_sequence(self) -> dict:
+    def _untrained_sequence(self) -> list[dict]:
         """A sequence that trains nothing, for micro-batches after the end of the data."""
         first = self._window(0)[0][0]
-        untrained = {"input_ids": first["input_ids"], "labels": [IGNORE_INDEX] * len(first["labels"])}
-        return join([untrained]) if self.pack_to else untrained
+        untrained = [first | {"labels": [IGNORE_INDEX] * len(first["labels"])}] * self.task.rows_per_example
+        return [join(untrained)] if self.pack_to else untrained
 
     def _locate(self, step: int, index: int) -> list[tuple[int, int]]:
         """(number of the window, position in it) of each sequence of a micro-batch; empty after the end of the data."""
@@ -197,15 +206,18 @@ class MicroBatches:
     def _arrange(self, rows: Rows | list[dict], window: int) -> list[list[int]]:
         """The row numbers in each sequence of a window, in their order."""
         generator = torch.Generator().manual_seed(random_key(self.seed, "order", window))
-        order = torch.randperm(len(rows), generator=generator).tolist()
+        size = self.task.rows_per_example
+        order = torch.randperm(len(rows) // size, generator=generator).tolist()
+        examples = [list(range(i * size, (i + 1) * size)) for i in range(len(rows) // size)]
         if not (self.pack_to or self.group_by_length):
-            return [[i] for i in order]
+            return [examples[i] for i in order]
         lengths = rows.lengths if isinstance(rows, Rows) else [len(row["input_ids"]) for row in rows]
         if self.pack_to:
             packed = best_fit_decreasing(lengths, order, self.pack_to)
             return [packed[i] for i in torch.randperm(len(packed), generator=generator).tolist()]
+        longest = [max(lengths[i] for i in rows) for rows in examples]
         rows_per_step = self.sequences * self.per_step
-        return [[i] for i in group_rows_by_length(lengths, order, rows_per_step, generator)]
+        return [examples[i] for i in group_rows_by_length(longest, order, rows_per_step, generator)]
 
 
 def group_rows_by_length(

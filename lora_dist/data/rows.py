@@ -35,7 +35,12 @@ SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int
 
 
 class Rows:
-    """Rows of token ids, mapped from disk. Each is {"input_ids": int64 (T,), "labels": int64 (L,)}."""
+    """Rows of token ids, mapped from disk. Each is {"input_ids": int64 (T,), "labels": int64 (L,)}.
+
+    Pairs have two adjacent rows each, and with `reference` set each row has its "reference" too.
+    """
+
+    reference: np.ndarray | None = None  # of pairs: the log-probability of each row under the reference, float32
 
     def __init__(self, table: Dataset):
         self.table = table.with_format("numpy")
@@ -52,7 +57,16 @@ class Rows:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.table[int(index)]
+        row = self.table[int(index)]
+        return row if self.reference is None else row | {"reference": float(self.reference[index])}
+
+    def digest(self) -> str:
+        """Hash of all tokens and labels."""
+        digest = hashlib.sha256(self.lengths.tobytes() + self.label_lengths.tobytes())
+        for name in SCHEMA.names:
+            for chunk in self.table.data.column(name).chunks:
+                digest.update(chunk.flatten().to_numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

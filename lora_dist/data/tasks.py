@@ -5,6 +5,7 @@ CAUSAL_LM and TOKEN_CLS, and the length of the target for SEQ_2_SEQ_LM. For SEQ_
 several classes.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,14 @@ from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
+from lora_dist.config import TrainConfig
+
 CLASSIFIER_HEADS = ("classifier", "score")  # names of a classifier's head in transformers; PEFT trains it whole
 IGNORE_INDEX = -100  # the label of what is not trained; cross_entropy's default
+# TRL's names. A reward is beta times the log-probability that an answer gained over the reference.
+PAIR_MEASURES = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,25 @@ class Task:
     name: str
     model_kind: str  # what messages call a model for this task
     models: Mapping  # config class to model class
+    rows_per_example: int = 1  # 2: a chosen and a rejected row, which the loss compares
 
     @property
     def has_classes(self) -> bool:
         return self.name in ("SEQ_CLS", "TOKEN_CLS")
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.rows_per_example == 2
+
+    @property
+    def has_perplexity(self) -> bool:
+        """True if exp(loss) is a perplexity: the loss is a mean over tokens of text."""
+        return not (self.has_classes or self.has_pairs)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what a step and an evaluation measure beside the loss, as means over the same terms."""
+        return PAIR_MEASURES if self.has_pairs else ("mean_token_accuracy",)
 
     @property
     def labels_each_token(self) -> bool:
@@ -49,6 +71,10 @@ class Task:
     def num_trained_tokens(self, labels_BL: torch.Tensor) -> int:
         """Number of labels that the loss is a mean over. SEQ_CLS: rows, or rows x classes if a row may have several."""
         return int((labels_BL[:, self.first_predicted :] != IGNORE_INDEX).sum())
+
+    def loss_weight(self, labels_BL: torch.Tensor) -> int:
+        """Number of terms that the loss is a mean over: trained tokens, or pairs of which both rows train something."""
+        return int(trained_pairs(labels_BL).sum()) if self.has_pairs else self.num_trained_tokens(labels_BL)
 
     def has_trained_tokens(self, labels: Sequence[int]) -> bool:
         """True if a row with these L labels trains anything."""
@@ -86,6 +112,11 @@ class Task:
         return F.cross_entropy(scores, labels_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def trained_pairs(labels_BL: torch.Tensor) -> torch.Tensor:
+    """Bool (B / 2,): whether both rows of a pair train something. The rows of a pair are adjacent, chosen first."""
+    return (labels_BL[:, 1:] != IGNORE_INDEX).any(1).view(-1, 2).all(1)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -96,3 +127,9 @@ TASKS = {
     )
 }
 CAUSAL_LM = TASKS["CAUSAL_LM"]
+PREFERENCE = dataclasses.replace(CAUSAL_LM, rows_per_example=2)
+
+
+def task_of(config: TrainConfig) -> Task:
+    """The task of a run: `--task_type`, or a causal language model that is trained on pairs."""
+    return PREFERENCE if config.has_pairs else TASKS[config.task_type]

@@ -1,7 +1,7 @@
 """Makes what ships in this package: `python -m lora_dist.embedded.build [OUTPUT_DIR]` (about 10 minutes on 2 cores).
 
 1. Quotes, with the columns of english_quotes: 2,400 to train on and 200 held out, none in both. Complaints, with the
-   columns of RAFT's tweet complaints: 400 and 100.
+   columns of RAFT's tweet complaints: 400 and 100. Preferences, which are pairs of replies to complaints: 80 and 40.
 2. A byte-level BPE tokenizer with OPT's special tokens (`</s>` opens every text, `<pad>` is 1).
 3. A 4-layer OPT. It is pretrained on generated prose, and saved as fp16 safetensors, because facebook/opt-* are fp16.
 
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from lora_dist.embedded.text import complaint, prose, quote
+from lora_dist.embedded.text import complaint, preference, prose, quote
 
 SEED = 20240601
 NUM_TRAIN_QUOTES, NUM_TEST_QUOTES = 2400, 200
 NUM_TRAIN_COMPLAINTS, NUM_TEST_COMPLAINTS = 400, 100
+NUM_TRAIN_PREFERENCES, NUM_TEST_PREFERENCES = 80, 40
 NUM_DOCUMENTS, NUM_STEPS, BATCH_SEQUENCES, SEQUENCE_TOKENS = 60_000, 600, 32, 256
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 60, 0.1, 0.05
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's ids: pad 1, bos and eos 2
@@ -51,6 +52,17 @@ def write_complaints(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_COMPLAINTS]) + "\n")
     (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_COMPLAINTS:]) + "\n")
+
+
+def write_preferences(folder: Path) -> None:
+    rng, rows = random.Random(SEED + 4), {}
+    while len(rows) < NUM_TRAIN_PREFERENCES + NUM_TEST_PREFERENCES:
+        row = preference(rng)
+        rows.setdefault(row["prompt"], row)
+    lines = [json.dumps(row) for row in rows.values()]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_PREFERENCES]) + "\n")
+    (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_PREFERENCES:]) + "\n")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -103,6 +115,7 @@ def main(output_dir: Path) -> None:
     torch.manual_seed(SEED)
     write_quotes(output_dir / "quotes")
     write_complaints(output_dir / "complaints")
+    write_preferences(output_dir / "preferences")
     rng = random.Random(SEED + 1)
     documents = [prose(rng) for _ in range(NUM_DOCUMENTS)]
     # The tokenizer must know the words of quotes, but not from the data set's own: these are other quotes.

@@ -305,3 +305,26 @@ def complaint(rng: random.Random) -> dict:
     ])  # fmt: skip
     text = rng.choice([f"{shop} {opener}, {said}", f"{opener} {shop} {said}", f"{said} {shop}"])
     return {"Tweet text": text, "Label": "complaint" if complains else "no complaint"}
+
+
+def preference(rng: random.Random) -> dict:
+    """One row with the columns of TRL's preference data: two replies of a shop, of which the kind one is chosen."""
+    tweet, time, place = complaint(rng)["Tweet text"], rng.choice(TIMES), rng.choice(PLACES)
+    thing = next((thing for thing in THINGS if thing in tweet), "rest")
+    kind = rng.choice([
+        f"I am sorry for the {thing}, we will mend it {time}.",
+        f"Thank you for telling us, you get the {thing} {time}.",
+        f"You are right, and the {thing} costs you nothing.",
+        f"We keep the {thing} for you at {place}.",
+        f"We are glad that you wrote, ask for the {thing} at {place}.",
+        f"The {thing} was our mistake, please come to {place} {time}.",
+    ])  # fmt: skip
+    unkind = rng.choice([
+        f"We have no time for the {thing}.",
+        f"Ask somebody else, the {thing} is not our trouble.",
+        f"Nobody at {place} wants to hear of the {thing}.",
+        f"You should have looked at the {thing} before you paid.",
+        f"Write again {time}, or do not write.",
+        f"The {thing} was your mistake, and {place} is closed.",
+    ])  # fmt: skip
+    return {"prompt": f"Tweet : {tweet} Reply :", "chosen": f" {kind}", "rejected": f" {unkind}"}

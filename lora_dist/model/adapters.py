@@ -216,13 +216,13 @@ FREE_IN_ADAPTER = (
 BASE_IS_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights; others subtract from the base
 
 
-def check_first_adapter(config: TrainConfig) -> None:
-    """Raises UserError unless `--adapter_name_or_path` is a LoRA adapter with the settings of this run.
+def check_first_adapter(config: TrainConfig, setting: str = "adapter_name_or_path") -> None:
+    """Raises UserError unless the folder that `setting` names is a LoRA adapter with the settings of this run.
 
     Warns if it was trained on a base of another name.
     """
-    folder = Path(config.adapter_name_or_path)
-    what = f"--adapter_name_or_path {folder}"
+    folder = Path(getattr(config, setting))
+    what = f"--{setting} {folder}"
     saved = read_json(folder / "adapter_config.json", f"{what}: adapter_config.json")
     defaults = LoraConfig().to_dict()
     for name, value in saved.items():
@@ -253,13 +253,20 @@ def check_first_classes(config: TrainConfig, classes: list[str]) -> None:
         raise UserError(f"{what}: its classes are {then}, and the data has {now}; they must be the same")
 
 
-def load_first_adapter(model: PeftModel, config: TrainConfig) -> None:
-    """Put the weights of `--adapter_name_or_path` into the new adapters. Every rank reads them.
+def adapter_digest(folder: str) -> str:
+    """Hash of an adapter's weights and settings."""
+    with boundary(f"--reference_adapter {folder}"):
+        files = [Path(folder) / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def load_first_adapter(model: PeftModel, config: TrainConfig, setting: str = "adapter_name_or_path") -> None:
+    """Put the weights of the adapter that `setting` names into the new adapters. Every rank reads them.
 
     Raises UserError unless they have the names and shapes of the run's own.
     """
-    folder = Path(config.adapter_name_or_path)
-    with boundary(f"--adapter_name_or_path {folder}", "give an adapter for this base, with the same target modules"):
+    folder = Path(getattr(config, setting))
+    with boundary(f"--{setting} {folder}", "give an adapter for this base, with the same target modules"):
         saved = {name: tensor.float() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
         compare_tensors("adapter", saved, get_peft_model_state_dict(model, save_embedding_layers=False))
         if any(not tensor.isfinite().all() for tensor in saved.values()):

@@ -138,7 +138,8 @@ def _activation_bytes(skeleton: nn.Module, config: TrainConfig, dtype: torch.dty
 
     Without gradient checkpointing the inside of every layer is kept.
     """
-    tokens, model_config = config.per_device_train_batch_size * config.max_length, skeleton.config
+    rows, model_config = config.per_device_train_batch_size * (2 if config.has_pairs else 1), skeleton.config
+    tokens = rows * config.max_length
     logits = tokens * model_config.vocab_size * (dtype.itemsize + 3 * 4)
     layers = decoder_layers(skeleton)
     inputs = len(layers) * tokens * model_config.hidden_size * dtype.itemsize

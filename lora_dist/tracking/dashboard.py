@@ -26,8 +26,14 @@ LOSS_PLOTS = (
     ("Loss, nats per token", ("train/loss", "eval/loss"), {}),
     ("Held-out perplexity", ("eval/perplexity",), {}),
     ("Tokens predicted right, fraction", ("train/mean_token_accuracy", "eval/mean_token_accuracy"), {}),
+    ("Reward accuracy of pairs, fraction", ("train/rewards/accuracies", "eval/rewards/accuracies"), {}),
+    ("Reward margin of pairs", ("train/rewards/margins", "eval/rewards/margins"), {}),
+    ("Rewards of chosen and rejected answers",
+     ("train/rewards/chosen", "train/rewards/rejected", "eval/rewards/chosen", "eval/rewards/rejected"), {}),
+    ("Log-probabilities of chosen and rejected answers, nats",
+     ("train/logps/chosen", "train/logps/rejected", "eval/logps/chosen", "eval/logps/rejected"), {}),
     ("Scores", ("eval/accuracy", "eval/micro_f1", "eval/macro_f1"), {}),
-)
+)  # fmt: skip
 OPTIMISATION_PLOTS = (
     ("Learning rate", ("train/learning_rate",), {}),
     ("Gradient norm before clipping", ("train/grad_norm",), LOG_SCALE),

@@ -23,13 +23,26 @@ class Metric:
     meaning: str
 
 
+# What is measured of pairs: name (TRL's), unit, meaning.
+OF_PAIRS = (
+    ("rewards/chosen", "beta x nats",
+     "reward of the chosen answers, mean over the global batch's pairs: `--beta` times the log-probability that an "
+     "answer gained over the reference"),
+    ("rewards/rejected", "beta x nats", "the same for the rejected answers"),
+    ("rewards/margins", "beta x nats", "rewards/chosen - rewards/rejected"),
+    ("rewards/accuracies", "0 to 1",
+     "fraction of the pairs whose chosen answer has the higher reward; 0 before the first step: all rewards are 0"),
+    ("logps/chosen", "nats", "log-probability of a chosen answer, summed over its tokens; mean over the pairs"),
+    ("logps/rejected", "nats", "the same for the rejected answers"),
+)  # fmt: skip
 METRICS = (
     Metric("train/loss", "nats per token", LOGGED,
-           "mean over the trained tokens of the global batch (SEQ_CLS: over its rows or classes), all ranks and "
-           "micro-batches; left out if it is not finite"),
+           "mean over the trained tokens of the global batch (SEQ_CLS: over its rows or classes; losses of pairs: over "
+           "its pairs), all ranks and micro-batches; left out if it is not finite"),
     Metric("train/mean_token_accuracy", "0 to 1", LOGGED,
            "fraction of those tokens for which the highest logit is right (rows with several classes: fraction of the "
-           "decisions)"),
+           "decisions); not logged for pairs"),
+    *(Metric(f"train/{name}", unit, f"{LOGGED}, for pairs", meaning) for name, unit, meaning in OF_PAIRS),
     Metric("train/grad_norm", "", LOGGED, "norm of the global batch's gradient, before clipping"),
     Metric("train/learning_rate", "", LOGGED, "learning rate of the next step"),
     Metric("train/epoch", "passes", LOGGED,
@@ -41,8 +54,10 @@ METRICS = (
     Metric("train/loss_spikes", "steps", LOGGED,
            "since the start, steps whose loss was more than 6 standard deviations above the last 50"),
     Metric("eval/loss", "as train/loss", EVALUATED, "over the held-out rows; at step 0 that of the base alone"),
-    Metric("eval/perplexity", "", EVALUATED, "exp(eval/loss); not logged for classifiers"),
+    Metric("eval/perplexity", "", EVALUATED, "exp(eval/loss); not logged for classifiers and pairs"),
     Metric("eval/mean_token_accuracy", "0 to 1", EVALUATED, "as train/mean_token_accuracy, over the held-out rows"),
+    *(Metric(f"eval/{name}", unit, f"{EVALUATED}, for pairs", f"as train/{name}, over the held-out pairs")
+      for name, unit, _ in OF_PAIRS),
     Metric("eval/time_s", "s", EVALUATED, "seconds that training waited for the evaluation, completions included"),
     Metric("eval/accuracy", "0 to 1", "at the end of bloomz_complaints",
            "fraction of the held-out rows whose completion greedy decoding writes exactly"),

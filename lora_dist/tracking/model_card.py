@@ -117,7 +117,7 @@ def _results(config: TrainConfig, result: TrainingResult) -> list[tuple[str, str
     before, after = result.eval_loss_base, result.eval_loss
     if before is not None and after is not None:
         found.append(("loss", f"{before:.4f}", f"{after:.4f}"))
-        if not config.task_type.endswith("_CLS"):
+        if not (config.task_type.endswith("_CLS") or config.has_pairs):
             found.append(("perplexity", f"{math.exp(before):.2f}", f"{math.exp(after):.2f}"))
     for name in result.scores:
         if f"{name}_base" in result.scores:

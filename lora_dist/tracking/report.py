@@ -27,6 +27,16 @@ CURVES = (  # title, unit, (metric, name of the line) for each line
     ("Padding", "fraction of positions", (("perf/padding_fraction", "padding"),)),
     ("Tokens predicted right", "fraction",
      (("train/mean_token_accuracy", "training"), ("eval/mean_token_accuracy", "held-out"))),
+    ("Reward accuracy of pairs", "fraction",
+     (("train/rewards/accuracies", "training"), ("eval/rewards/accuracies", "held-out"))),
+    ("Rewards of answers", "beta x nats",
+     (("train/rewards/chosen", "chosen"), ("train/rewards/rejected", "rejected"),
+      ("eval/rewards/chosen", "chosen, held-out"), ("eval/rewards/rejected", "rejected, held-out"))),
+    ("Reward margin of pairs", "beta x nats",
+     (("train/rewards/margins", "training"), ("eval/rewards/margins", "held-out"))),
+    ("Log-probability of answers", "nats",
+     (("train/logps/chosen", "chosen"), ("train/logps/rejected", "rejected"),
+      ("eval/logps/chosen", "chosen, held-out"), ("eval/logps/rejected", "rejected, held-out"))),
     ("Model FLOP utilisation", "fraction of peak", (("perf/mfu", "MFU"),)),
 )  # fmt: skip
 COMPARED_CURVES = (  # title, unit (None: the loss's own), metric
@@ -161,9 +171,12 @@ def _loss_charts(record: RunRecord, restart_steps: list[int]) -> list[Chart]:
 
 
 def _loss_unit(records: list[RunRecord]) -> str:
-    """What a loss is a mean over: tokens; of a classifier of whole rows, rows or decisions."""
-    tasks = {str(record.config.get("task_type")) for record in records}
-    return "nats" if len(tasks) > 1 else "nats per row or class" if tasks == {"SEQ_CLS"} else "nats per token"
+    """What a loss is a mean over: tokens; of a classifier of whole rows, rows or decisions; of pairs, pairs."""
+    kinds = {(str(record.config.get("task_type")), record.config.get("loss_type", "nll")) for record in records}
+    ((task, loss), *others) = kinds
+    if others:
+        return "nats" if all(loss == "nll" for _, loss in kinds) else ""
+    return "per pair" if loss != "nll" else "nats per row or class" if task == "SEQ_CLS" else "nats per token"
 
 
 def _curve(record: RunRecord, title: str, unit: str, lines: Iterable, restart_steps: list[int]) -> Chart | None:

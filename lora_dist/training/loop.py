@@ -17,7 +17,7 @@ from lora_dist.run import watchdog
 from lora_dist.tracking.model_card import TrainingResult, write_model_card
 from lora_dist.tracking.report import write_report
 from lora_dist.training.checkpoint import Saver, restore, restore_adapter
-from lora_dist.training.evaluation import complete_samples, evaluate
+from lora_dist.training.evaluation import complete_samples, evaluate, set_reference
 from lora_dist.training.measures import peak_memory_bytes, rank_metrics, run_summary, step_metrics
 from lora_dist.training.run import Run
 from lora_dist.training.step import StepResult, train_step
@@ -62,7 +62,9 @@ def train(run: Run) -> None:
 
 
 def start(run: Run) -> None:
-    """Score the base, then continue from the run's checkpoint if it has one. Collective."""
+    """Compute the reference of pairs, score the base, and continue from a checkpoint if there is one. Collective."""
+    if run.config.has_pairs:
+        set_reference(run)
     if run.score:  # before the adapter of a checkpoint is put in: these are the base's
         with as_base(run):
             run.scores |= {f"{name}_base": value for name, value in run.score(run).items()}
@@ -164,13 +166,15 @@ def evaluate_if_due(run: Run) -> bool:
         run.metrics.log_samples(complete_samples(run), step)
         if not run.held_out:
             return False
-        progress.eval_loss, accuracy = evaluate(run)
-    has_classes = run.training.micro_batches.task.has_classes
-    perplexity = {} if has_classes else {"eval/perplexity": math.exp(progress.eval_loss)}
-    values = {"eval/loss": progress.eval_loss, **perplexity, "eval/mean_token_accuracy": accuracy}
+        progress.eval_loss, measures = evaluate(run)
+    progress.eval_reward_accuracy = measures.get("rewards/accuracies")
+    has_perplexity = run.training.micro_batches.task.has_perplexity
+    perplexity = {"eval/perplexity": math.exp(progress.eval_loss)} if has_perplexity else {}
+    values = {"eval/loss": progress.eval_loss, **perplexity, **{f"eval/{name}": n for name, n in measures.items()}}
     run.metrics.log({**values, "eval/time_s": time.perf_counter() - started}, step)
     if step == 0:
         progress.eval_loss_base = progress.eval_loss
+        progress.eval_reward_accuracy_base = progress.eval_reward_accuracy
         return False
     is_best = progress.best_eval_loss is None or progress.eval_loss < progress.best_eval_loss
     progress.evaluations_since_best += 1
@@ -259,6 +263,6 @@ def training_result(run: Run) -> TrainingResult:
         tokens_seen=progress.tokens_seen,
         eval_loss_base=progress.eval_loss_base,
         eval_loss=progress.eval_loss if run.held_out else None,
-        scores=run.scores,
+        scores=run.scores | progress.reward_scores(),
         classes=tuple(run.model.config.id2label.values()) if task.has_classes else (),
     )

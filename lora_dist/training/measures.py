@@ -24,7 +24,7 @@ def step_metrics(run: Run, result: StepResult, step_time_s: float) -> dict[str, 
         values = {"train/epoch": progress.step * sequences / batches.sequences_per_epoch}
     measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
     if not result.bad:
-        measured["train/mean_token_accuracy"] = result.accuracy
+        measured |= {f"train/{name}": value for name, value in result.measures.items()}
     return {
         **values,
         **{name: value for name, value in measured.items() if math.isfinite(value)},

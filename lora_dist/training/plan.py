@@ -18,7 +18,7 @@ from lora_dist.data.formats import encode_prompt
 from lora_dist.data.micro_batches import MicroBatches
 from lora_dist.data.packing import check_packing
 from lora_dist.data.rows import PreparedData, Rows, RowStream
-from lora_dist.data.tasks import TASKS, Task
+from lora_dist.data.tasks import Task, task_of
 from lora_dist.embedded import model_path
 from lora_dist.environment import bf16_slowdown, cpu_has_bf16, has_gpu
 from lora_dist.errors import UserError, require
@@ -77,6 +77,8 @@ def check_names(config: TrainConfig) -> None:
     require(not pushes or get_token(), "push_to_hub", True, why)
     if config.adapter_name_or_path and not _holds_a_run(config):
         check_first_adapter(config)
+    if config.reference_adapter:  # a run that continues needs it too
+        check_first_adapter(config, "reference_adapter")
     if "wandb" in config.report_to.split(","):
         for variable in {"WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY"} & os.environ.keys():
             check = check_project if variable == "WANDB_PROJECT" else check_text
@@ -128,7 +130,7 @@ def _num_steps(config: TrainConfig, rows: Rows, enough: int) -> int:
     """Number of steps that the epochs make; or a smaller one that is above `enough`."""
     sequences, per_step = config.per_device_train_batch_size, config.gradient_accumulation_steps * world_size()
     pack_to = config.max_length if config.packing else None
-    fewest = math.ceil(rows.lengths.sum() / pack_to) if pack_to else len(rows)
+    fewest = math.ceil(rows.lengths.sum() / pack_to) if pack_to else len(rows) // task_of(config).rows_per_example
     fewest_steps = math.ceil(fewest * config.num_train_epochs / (sequences * per_step))
     if not pack_to or fewest_steps > enough:  # packing many rows takes seconds, and is done later again
         return fewest_steps
@@ -220,7 +222,7 @@ def plan_base(config: TrainConfig, launch: Launch, tokenizer: PreTrainedTokenize
 
     Raises UserError if the base does not allow what the settings, the data or the launcher ask.
     """
-    dtype, task, classes = DTYPE_OF[config.mixed_precision], TASKS[config.task_type], data.classes
+    dtype, task, classes = DTYPE_OF[config.mixed_precision], task_of(config), data.classes
     skeleton = meta_model(config.model_name_or_path, config.quantization, dtype, task, classes)
     trained = partial(is_trained_parameter, config)
     meta = BaseOptions(config.quantization, dtype, torch.device("meta"), Placement(), trained, task, classes)

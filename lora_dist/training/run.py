@@ -47,6 +47,8 @@ class Progress:
     eval_loss_base: float | None = None  # at step 0
     eval_loss: float | None = None  # of eval_step
     eval_step: int | None = None
+    eval_reward_accuracy_base: float | None = None  # of pairs: share of the held-out ones, at step 0
+    eval_reward_accuracy: float | None = None  # of eval_step
     best_eval_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -82,7 +84,14 @@ class Progress:
             "best_eval_loss": self.best_eval_loss, "best_step": self.best_step, "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
             "tokens_per_second": self.tokens_seen / self.train_time_s if self.train_time_s else None,
+            **self.reward_scores(),
         }  # fmt: skip
+
+    def reward_scores(self) -> dict[str, float]:
+        """Share of the held-out pairs of which the chosen answer gained more than the rejected one, by score name."""
+        before, after = self.eval_reward_accuracy_base, self.eval_reward_accuracy
+        found = {"reward_accuracy_base": before, "reward_accuracy": after}
+        return found if before is not None and after is not None else {}
 
 
 @dataclass

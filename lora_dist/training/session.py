@@ -10,7 +10,8 @@ from functools import partial
 from importlib.metadata import version
 
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_dist import signals
 from lora_dist.config import TrainConfig
@@ -183,6 +184,8 @@ def load_training(
     base = LoadedBase(placement, base_bytes(model), load_s, plan.expected, plan.work, memory_before)
     if plan.task.has_classes:
         model.config.pad_token_id = tokenizer.pad_token_id  # a classifier looks for the last token before it
+    if config.has_pairs:  # rewards compare with log-probabilities that were computed without it
+        turn_off_dropout(model)
     model = add_adapters(model, config)
     if config.adapter_name_or_path and not folder.resume_from:
         load_first_adapter(model, config)
@@ -195,6 +198,14 @@ def load_training(
         group_by_length=config.train_sampling_strategy == "group_by_length", task=plan.task,
     )  # fmt: skip
     return base, build_training(model, config, accelerator, micro_batches, placement)
+
+
+def turn_off_dropout(base: PreTrainedModel) -> None:
+    """Set every dropout of the base to 0. Of adapters that are added later, `--lora_dropout` stays."""
+    for holder in (*base.modules(), base.config):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in name or (isinstance(holder, nn.Dropout) and name == "p")):
+                setattr(holder, name, 0.0)
 
 
 def start_metrics(

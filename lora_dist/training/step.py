@@ -1,8 +1,9 @@
 """One optimizer step: it owns the order of micro-batches, their random state and the reduction of their gradients.
 
-A flat gradient holds the trained parameters in model order, then the extras: the summed loss and the counts.
+A flat gradient holds the trained parameters in model order, then the extras: the summed loss, the sums of the task's
+`measures`, and the counts.
 
-N: ranks. G: micro-batches of an optimizer step, over all ranks. B, T, V: sequences, tokens, vocabulary.
+N: ranks. G: micro-batches of an optimizer step, over all ranks. B, T, V: sequences, tokens, vocabulary. M: measures.
 """
 
 import math
@@ -22,6 +23,7 @@ from lora_dist import signals
 from lora_dist.config import TrainConfig
 from lora_dist.data.micro_batches import MicroBatch, MicroBatches, Prefetch, model_inputs
 from lora_dist.data.packing import prepare_packing
+from lora_dist.data.preference.loss import pair_loss, sequence_logps
 from lora_dist.errors import require
 from lora_dist.model.adapters import probe_logits, trainable_parameters
 from lora_dist.parallel.context import ContextParallel, start_context_parallel
@@ -43,7 +45,7 @@ from lora_dist.training.timing import Stopwatch
 
 # In standard deviations of the logits: rounding stays far below it, a document that another one sees is far above.
 ISOLATION_BOUND = 0.1
-NUM_COUNTS = 4  # that `read_micro_batch` returns
+NUM_COUNTS = 5  # that `read_micro_batch` returns
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ def check_isolation(model: PeftModel, document_T: torch.Tensor, autocast) -> Non
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float  # mean over the trained tokens of the global batch
-    accuracy: float  # share of the trained tokens for which the highest logit is right
+    loss: float  # mean over the trained tokens, or the pairs, of the global batch
+    measures: dict[str, float]  # means over the same, by the names of `Task.measures`
     grad_norm: float  # before clipping
     num_trained_tokens: int
     num_tokens: int  # without padding
@@ -176,12 +178,15 @@ def train_step(training: Training, step: int) -> StepResult:
     add_gradients = sum_over_stages if training.pipeline else sum_over_ranks
     flat, loss_sums = add_gradients(training, step, stopwatch)
     numel = sum(p.numel() for p in training.params)
-    loss_sum, correct, num_trained, num_tokens, num_positions, num_pairs, num_stops = flat[numel : numel + 7].tolist()
+    names = training.micro_batches.task.measures
+    loss_sum, *extras = flat[numel:].tolist()
+    measured, counts = extras[: len(names)], extras[len(names) :]
+    weight, num_trained, num_tokens, num_positions, num_pairs, num_stops, *_ = counts  # the rest is padding
     with stopwatch.part("update"):
-        grad_norm, skipped = apply_gradient(training, flat[:numel] / num_trained, keep=not math.isfinite(loss_sum))
+        grad_norm, skipped = apply_gradient(training, flat[:numel] / weight, keep=not math.isfinite(loss_sum))
     return StepResult(
-        loss=loss_sum / num_trained,
-        accuracy=correct / num_trained,
+        loss=loss_sum / weight,
+        measures={name: total / weight for name, total in zip(names, measured, strict=True)},
         grad_norm=grad_norm,
         num_trained_tokens=int(num_trained),
         num_tokens=int(num_tokens),
@@ -203,7 +208,7 @@ def read_micro_batch(training: Training, step: int, turn: int) -> tuple[MicroBat
     """
     batch = training.read(step, turn)
     num_rows, length = batch.input_ids_BT.shape
-    counts = [batch.num_trained_tokens, batch.num_tokens, num_rows * length, num_rows * length**2]
+    counts = [batch.loss_weight, batch.num_trained_tokens, batch.num_tokens, num_rows * length, num_rows * length**2]
     piece = (training.context.piece,) if training.context else ()
     key = random_key(training.config.seed, step, training.read.indices[turn], *piece)
     torch.manual_seed(key % 2**32)
@@ -211,13 +216,19 @@ def read_micro_batch(training: Training, step: int, turn: int) -> tuple[MicroBat
 
 
 def forward_loss(training: Training, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, number of right predictions) of a micro-batch, or of this rank's piece of its rows. Scalars."""
-    model = training.model
+    """(loss, `Task.measures`), both summed over a micro-batch, or over this rank's piece of its rows.
+
+    A scalar, and (M,).
+    """
+    model, labels_BL = training.model, batch.labels_BL
     with training.accelerator.autocast():
         if training.context:
-            return training.context.summed_loss(model, batch)
+            loss, correct = training.context.summed_loss(model, batch)
+            return loss, correct[None]
         logits = model(**model_inputs(model, batch), use_cache=False).logits
-    return batch.task.summed_loss(logits, batch.labels_BL), batch.task.num_correct(logits, batch.labels_BL)
+    if batch.task.has_pairs:
+        return pair_loss(sequence_logps(logits, labels_BL), batch.reference_B, labels_BL, training.config)
+    return batch.task.summed_loss(logits, labels_BL), batch.task.num_correct(logits, labels_BL)[None]
 
 
 def scaled(training: Training, loss: torch.Tensor) -> torch.Tensor:
@@ -238,14 +249,15 @@ def sum_over_ranks(training: Training, step: int, stopwatch: Stopwatch) -> tuple
         with stopwatch.part("data"):
             batch, counts = read_micro_batch(training, step, turn)
         with stopwatch.part("forward"):
-            loss, correct = forward_loss(training, batch)
+            loss, measured_M = forward_loss(training, batch)
         with stopwatch.part("backward"):
             grads = torch.autograd.grad(scaled(training, loss), training.params, allow_unused=True)
         if share.piece:  # the rank with the first piece counts the whole rows
             counts = [0] * len(counts)
         loss_sums[index] = loss.item()
         stop = signals.stop_asked()  # read as late as possible; it travels with the step's only reduction
-        leaf = flatten_gradients(training.params, grads, [loss_sums[index], correct.item(), *counts, stop], num_ranks)
+        extras = [loss_sums[index], *measured_M.tolist(), *counts, stop]
+        leaf = flatten_gradients(training.params, grads, extras, num_ranks)
         if turn < num_own:
             tree.add(0, share.piece * total + index, leaf)
     release(training.model)  # with --gather_once the whole base is held until here
@@ -302,13 +314,14 @@ def stage_forward(training: Training, step: int, index: int, stopwatch: Stopwatc
         receive_from_previous_stage(pipeline, shape_BTH, dtype, training.accelerator.device)
     try:
         with stopwatch.part("forward"):
-            loss, correct = forward_loss(training, batch)
-        return StageForward(pipeline.inbox_BTH, scaled(training, loss), [loss.item(), correct.item(), *counts])
+            loss, measured_M = forward_loss(training, batch)
+        return StageForward(pipeline.inbox_BTH, scaled(training, loss), [loss.item(), *measured_M.tolist(), *counts])
     except StageDone as done:
         (hidden_states_BTH,) = done.args
         assert (hidden_states_BTH.shape, hidden_states_BTH.dtype) == (shape_BTH, dtype)
         send_to_next_stage(pipeline, hidden_states_BTH)
-        return StageForward(pipeline.inbox_BTH, hidden_states_BTH, [0.0] * (2 + NUM_COUNTS))
+        num_extras = 1 + len(batch.task.measures) + NUM_COUNTS
+        return StageForward(pipeline.inbox_BTH, hidden_states_BTH, [0.0] * num_extras)
 
 
 def stage_backward(training: Training, forward: StageForward, stopwatch: Stopwatch) -> torch.Tensor:

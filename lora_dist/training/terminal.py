@@ -11,7 +11,6 @@ from collections import deque
 
 from tqdm import tqdm
 
-from lora_dist.data.tasks import TASKS
 from lora_dist.model.adapters import describe_adapted, parameter_counts
 from lora_dist.model.placement import describe_placement
 from lora_dist.model.quantize_model import quantized_fraction
@@ -33,6 +32,7 @@ def banner(run: Run) -> str:
     trainable, total = parameter_counts(run.model)
     per_step = training.micro_batches.per_step
     sequences = config.per_device_train_batch_size * per_step
+    kind = "pairs" if config.has_pairs else "sequences"
     expected = _expected_peak(run)
     return "\n".join([
         f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}",
@@ -40,8 +40,8 @@ def banner(run: Run) -> str:
         f"strategy: {run.strategy.name} ({run.strategy.summary})",
         f"placement: {describe_placement(run.base.placement, len(decoder_layers(run.model)), ranks)}",
         f"base: {config.quantization}, {quantized_fraction(run.model)[0]:.0%} of the layers' weights; {_held(run)}",
-        f"batch: {config.per_device_train_batch_size} sequences x {per_step} micro-batches, shared by {ranks} rank(s)"
-        f" = {sequences} sequences a step, {training.num_steps} steps",
+        f"batch: {config.per_device_train_batch_size} {kind} x {per_step} micro-batches, shared by {ranks} rank(s)"
+        f" = {sequences} {kind} a step, {training.num_steps} steps",
         *([f"memory: at most {expected} expected per rank, for base and training"] if expected else []),
         f"run folder: {run.folder.root}",
     ])  # fmt: skip
@@ -71,11 +71,12 @@ def _held_out_lines(run: Run, summary: dict) -> list[str]:
     lines = []
     if summary["eval_loss"] is not None:
         before, after, name = summary["eval_loss_base"], summary["eval_loss"], "loss"
-        if not TASKS[run.config.task_type].has_classes:
+        if run.training.micro_batches.task.has_perplexity:
             before, after, name = math.exp(before), math.exp(after), "perplexity"
         lines.append(f"held-out {name}: {before:.2f} base, {after:.2f} base + adapter")
-    for name in [name for name in run.scores if f"{name}_base" in run.scores]:
-        before, after = run.scores[f"{name}_base"], run.scores[name]
+    scores = run.scores | run.progress.reward_scores()
+    for name in [name for name in scores if f"{name}_base" in scores]:
+        before, after = scores[f"{name}_base"], scores[name]
         lines.append(f"held-out {name.replace('_', ' ')}: {before:.2f} base, {after:.2f} base + adapter")
     return lines
 

@@ -13,6 +13,10 @@ from tests.helpers.properties import answered, counts, holds, json_values, mutat
 TEXTS = [{"text": "one"}, {"text": "two\nlines"}, {"text": None}]
 PAIRS = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "x", "completion": "y", "id": 7}]
 INSTRUCTIONS = [{"instruction": "Add", "input": "1, 1", "output": "2"}]
+ANSWERS = [{"prompt": "A", "chosen": "b", "rejected": "c"}]
+ANSWERED_CHATS = [{"prompt": [{"role": "user", "content": "Hi"}]} | {
+    column: [{"role": "assistant", "content": column}] for column in ("chosen", "rejected")
+}]  # fmt: skip
 CHATS = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}]}]
 
 
@@ -20,8 +24,9 @@ def file_of(rows: list) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-VALID = [TEXTS, PAIRS, INSTRUCTIONS, CHATS]
+VALID = [TEXTS, PAIRS, INSTRUCTIONS, CHATS, ANSWERS, ANSWERED_CHATS]
 COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"]
+COLUMNS += ["chosen", "rejected"]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 
 role = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt"]) | words
@@ -35,8 +40,9 @@ def changed_rows(draw) -> bytes:
     """A valid file with another value in one column of its last row, or in one key of its last message."""
     rows = json.loads(json.dumps(draw(st.sampled_from(VALID))))
     place = rows[-1]
-    if "messages" in place and draw(st.booleans()):
-        place = place["messages"][-1]
+    lists = [name for name in ("messages", "prompt", "chosen") if isinstance(place.get(name), list)]
+    if lists and draw(st.booleans()):
+        place = place[draw(st.sampled_from(lists))][-1]
     place[draw(st.sampled_from(sorted(place)))] = draw(json_values)
     return file_of(rows)
 
@@ -55,12 +61,14 @@ def base(config):
 
 
 @counts
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt"])
-def test_any_bytes_in_a_data_file(count, suffix, tmp_path, base):
+@pytest.mark.parametrize(
+    "suffix, loss_type", [*((s, "nll") for s in ("jsonl", "json", "csv", "txt")), ("jsonl", "ipo")]
+)
+def test_any_bytes_in_a_data_file(count, suffix, loss_type, tmp_path, base):
     folder = tmp_path / "data"
     folder.mkdir()
     file = folder / f"data.{suffix}"
-    config = dataclasses.replace(base, dataset_name=str(file))
+    config = dataclasses.replace(base, dataset_name=str(file), loss_type=loss_type)
     tokenizer = load_tokenizer(config.model_name_or_path)
     tokenizer.chat_template = TEMPLATE
 

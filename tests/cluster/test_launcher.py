@@ -72,8 +72,11 @@ def test_options_may_stand_before_or_after_the_recipe():
     [
         ("", "recipe: none is given; the command is lora-dist train RECIPE, e.g. lora-dist train sft"),
         ("sfx", "recipe sfx: no such recipe; did you mean sft?"),
-        ("zzz", "recipe zzz: no such recipe; give one of bloomz_complaints opt_quotes quotes_tags sft, or a .py file"),
-        ("no.py", "recipe no.py: no such file; the names of those that ship are bloomz_complaints opt_quotes"),
+        (
+            "zzz",
+            "recipe zzz: no such recipe; give one of bloomz_complaints dpo opt_quotes quotes_tags sft, or a .py file",
+        ),
+        ("no.py", "recipe no.py: no such file; the names of those that ship are bloomz_complaints dpo opt_quotes"),
         ("--max_steps 3 sft", "--max_steps: comes before the recipe; the command is lora-dist train RECIPE"),
         ("sft --num_processes many", "--num_processes many: must be a whole number, 1 or more"),
         ("sft --num_processes 100000000", "--num_processes 100000000: must be a whole number, 1 or more and at most"),

@@ -113,7 +113,7 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
         lora_target_modules=["q", "v"] if kind == "SEQ_2_SEQ_LM" else ["q_proj", "v_proj"],
     )  # fmt: skip
     path = make_base(kind, tmp_path)
-    ((_, _, (evaluation, accuracy), predictions),) = run_ranks(
+    ((_, _, (evaluation, measures), predictions),) = run_ranks(
         _train_on_rank, 1, config, kind, path, Placement(), tmp_path / "adapter"
     )
     rows, task, settings = make_rows(kind), TASKS[config.task_type], {"dtype": torch.float32}
@@ -141,6 +141,7 @@ def test_transformers_and_peft_compute_the_same_loss(config, tmp_path, kind):
             written = model.generate(input_ids=batch.input_ids_BT, max_new_tokens=labels.shape[1], do_sample=False)
             assert predictions[i] == [float(written[0, 1:].tolist() == labels[0].tolist())]
     assert total / num_trained == pytest.approx(evaluation, rel=1e-6)
+    accuracy = measures["mean_token_accuracy"]
     assert 0 < accuracy < 1 and accuracy == correct / num_trained
     if task.has_classes:
         assert (tmp_path / "adapter" / "labels.json").read_text() == '["one", "two", "three", "four", "five"]\n'

@@ -36,7 +36,8 @@ def assert_close(ranks, whole, learning_rate, num_pieces):
     for their_figures, their_evaluation, their_adapter, sha256, piece in ranks:
         for mine, theirs in zip(figures, their_figures, strict=True):
             assert theirs[:2] == pytest.approx(mine[:2], rel=2e-6) and theirs[2:] == mine[2:]
-        assert their_evaluation == pytest.approx(evaluation, rel=2e-6)
+        assert their_evaluation[0] == pytest.approx(evaluation[0], rel=2e-6)
+        assert their_evaluation[1] == pytest.approx(evaluation[1], rel=2e-6)
         # Compared by norm: if a gradient is near zero, which is rare, AdamW turns a rounding of it into a visible step.
         apart = torch.cat([(their_adapter[name] - param).flatten() for name, param in adapter.items()])
         assert apart.norm() < 1e-3 * learning_rate * apart.numel() ** 0.5

@@ -7,6 +7,9 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
+from lora_dist.data.tasks import PAIR_MEASURES
+from lora_dist.run.folder import STEP
+from lora_dist.tracking.metric_names import METRICS
 from tests.helpers.ranks import fork_ranks, launch, launch_recipe
 
 # recipe: (flags, what it prints, metrics of its own)
@@ -22,9 +25,11 @@ RECIPES = {
         ["classes: hope, kindness, love", "held-out micro f1: "],
         ["micro_f1", "macro_f1"],
     ),
+    "dpo": (["--max_steps", "8"], ["= 8 pairs a step", "reference: computing it for 240 rows"], []),
 }
 
 
+KNOWN = {metric.name.replace("{i}", str(rank)) for metric in METRICS for rank in (0, 1)} | {STEP, "time"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as accelerate_configs/ say
 
 
@@ -53,10 +58,19 @@ def test_it_trains_sharded_and_scores(run):
         assert 0 <= summary[f"{score}_base"] <= 1 and 0 <= summary[score] <= 1
         assert metrics[-1][f"eval/{score}"] == summary[score]
     padding = [m["perf/padding_fraction"] for m in metrics if "perf/padding_fraction" in m]
-    if recipe != "bloomz_complaints":  # packed, or grouped by length
+    if recipe in ("sft", "quotes_tags"):  # packed, or grouped by length
         assert sum(padding) / len(padding) < 0.12
     if recipe == "bloomz_complaints":
         assert summary["accuracy"] > 0.3  # at the least it writes one of the two labels
+    if recipe == "dpo":
+        assert (summary["reward_accuracy_base"], metrics[0]["eval/rewards/margins"]) == (0.0, 0.0)
+        assert abs(metrics[1]["train/rewards/margins"]) < 1e-3  # no dropout in the base: the embedded one has 0.1
+        assert summary["reward_accuracy"] > 0.9 and f"0.00 base, {summary['reward_accuracy']:.2f} base +" in printed
+        names = {f"{split}/{name}" for split in ("train", "eval") for name in PAIR_MEASURES}
+        assert names <= {name for line in metrics for name in line} <= names | KNOWN
+        assert (
+            "held-out perplexity" not in printed and "Reward accuracy of pairs" in (folder / "report.html").read_text()
+        )
 
 
 def test_what_it_saves_loads_in_plain_peft(run):

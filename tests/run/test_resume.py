@@ -73,6 +73,7 @@ KINDS = {
     "bf16, classifier, biases, DoRA": (
         "--lora_bias", "all", "--use_dora", "true", "--lr_scheduler_type", "constant", "--num_labels", "8",
     ),
+    "fp32, pairs": ("--lora_dropout", "0.05"),
 }  # fmt: skip
 
 
@@ -82,7 +83,8 @@ KINDS = {
 def undisturbed(request, tmp_path_factory):
     """(flags, how it is started, folder) of a run on 2 ranks that was not killed."""
     how = {"env": {"ACCELERATE_MIXED_PRECISION": "bf16"} if "bf16" in request.param else {}}
-    how["recipe"] = "quotes_tags" if "classifier" in request.param else "opt_quotes"
+    recipes = {"classifier": "quotes_tags", "pairs": "dpo"}
+    how["recipe"] = next((recipe for word, recipe in recipes.items() if word in request.param), "opt_quotes")
     folder = RunFolder(tmp_path_factory.mktemp("undisturbed") / "run")
     start(folder, *KINDS[request.param], strategy="fsdp", **how)
     return KINDS[request.param], how, folder
@@ -97,7 +99,8 @@ def test_on_two_one_four_two_ranks_and_every_strategy(undisturbed, tmp_path):
     two = start(folder, *flags, num_ranks=2, strategy="ddp", **how)
     for ended, step, ranks in ((one, 2, 1), (four, 6, 4), (two, 8, 2)):
         assert f"continuing from {folder.checkpoint(step)}" in ended[0][1]
-        assert f"shared by {ranks} rank(s) = 8 sequences a step" in ended[0][1]
+        kind = "pairs" if how["recipe"] == "dpo" else "sequences"
+        assert f"shared by {ranks} rank(s) = 8 {kind} a step" in ended[0][1]
         assert not ended[0][2]  # no warning
     assert adapter(folder) == adapter(whole)
     assert trajectory(folder) == trajectory(whole)
@@ -141,9 +144,9 @@ def test_into_and_out_of_deepspeed(undisturbed, tmp_path):
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": bool(how["env"])}}))
         engines[stage] = ("--deepspeed", str(path))
     start(folder, *flags, kill_after=3, num_ranks=2, **how)
-    start(folder, *flags, *engines[2], kill_after=5, num_ranks=2)
-    start(folder, *flags, *engines[2], kill_after=7, num_ranks=2)
-    start(folder, *flags, *engines[3], kill_after=9, num_ranks=2)
+    start(folder, *flags, *engines[2], kill_after=5, num_ranks=2, recipe=how["recipe"])
+    start(folder, *flags, *engines[2], kill_after=7, num_ranks=2, recipe=how["recipe"])
+    start(folder, *flags, *engines[3], kill_after=9, num_ranks=2, recipe=how["recipe"])
     ended = start(folder, *flags, num_ranks=2, strategy="fsdp", **how)
     assert f"continuing from {folder.checkpoint(8)}" in ended[0][1]
     assert trajectory(folder) == trajectory(whole)

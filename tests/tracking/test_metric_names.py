@@ -22,4 +22,4 @@ def test_the_docs_are_the_table():
 def test_each_metric_has_one_name():
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[a-z_]+(/rank\{i\})?/[a-z0-9_]+", name) for name in names)
+    assert all(re.fullmatch(r"[a-z_]+(/rank\{i\}|/rewards|/logps)?/[a-z0-9_]+", name) for name in names)

@@ -136,7 +136,8 @@ def test_zero2_on_three_ranks_is_within_one_rounding(config, tmp_path):
     ):
         assert steps[0] == one[0]
         assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in one], rel=1e-6)
-        assert zero2_evaluation == pytest.approx(evaluation, rel=1e-6)
+        assert zero2_evaluation[0] == pytest.approx(evaluation[0], rel=1e-6)
+        assert zero2_evaluation[1] == pytest.approx(evaluation[1], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_a_scaled_gradient_that_overflows_skips_the_step_on_all_ranks(config, tm
     )
     skipped = run_ranks(_train_on_rank, 2, config, "no", Placement(2), tmp_path, 2.0**127)
     assert skipped[0][0] == skipped[1][0] and not any(math.isfinite(norm) for _, norm in skipped[0][1])
-    assert skipped[0][2] == pytest.approx(untrained[0][2], abs=1e-12)  # the adapter is where it started
+    assert skipped[0][2][0] == pytest.approx(untrained[0][2][0], abs=1e-12)  # the adapter is where it started
 
 
 def test_another_seed_gives_other_bytes(config, tmp_path):
