@@ -17,7 +17,7 @@ TEXTS = [{"text": f"Hope is number {i}."} for i in range(80)]
 @pytest.mark.parametrize(
     "example, rows, launcher",
     [
-        ("trl_sft", TEXTS, ("torchrun", "--nproc_per_node", "2")),
+        pytest.param("trl_sft", TEXTS, ("torchrun", "--nproc_per_node", "2"), marks=pytest.mark.slow),
         ("trl_dpo", PAIRS, ("accelerate", "launch", "--config_file", "accelerate_configs/fsdp.yaml")),
         ("own_loop", TEXTS[:12], ("torchrun", "--nproc_per_node", "2")),
     ],

@@ -41,7 +41,7 @@ CASES = {
     "checkpointing and accumulation, DPO": Case("DPOTrainer", settings=GRADIENTS),
     "a resident layer": Case("Trainer", base={"resident_layers": 1}),
 }
-FAST = ("Trainer", "SFT", "DPO", "checkpointing and accumulation")
+FAST = ("Trainer", "DPO", "checkpointing and accumulation, SFT")
 
 
 def is_sharded(ended: list[dict], case: Case) -> bool:
