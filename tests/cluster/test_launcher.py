@@ -239,7 +239,8 @@ def test_ctrl_z_stops_the_ranks_too(recipe, tmp_path):
     assert (process.returncode, err) == (0, "")
 
 
-@pytest.mark.parametrize("launcher", ["lora-dist", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lora-dist", "torchrun"])
 def test_a_run_whose_launcher_is_killed_saves_and_leaves(tmp_path, launcher):
     run = RunFolder(tmp_path / "run")
     words = ["train", "opt_quotes"] if launcher == "lora-dist" else ["--nproc_per_node", "2", "recipes/opt_quotes.py"]
@@ -268,6 +269,7 @@ def test_bad_input_found_by_the_ranks_is_one_line(tmp_path):
     assert err.startswith("error: --dataset_text_field txt: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_adapter_and_what_to_do_next(tmp_path):
     run = tmp_path / "run"
     process = start("opt_quotes", "--max_steps", "2", "--warmup_steps", "0", "--output_dir", str(run),

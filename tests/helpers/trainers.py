@@ -38,13 +38,17 @@ class Case:
     base: dict = field(default_factory=dict)  # of load_base
     reference_adapter: bool = False  # DPO: a second adapter is the reference
     resume: str | None = None  # Trainer's checkpoint to continue from
+    as_on_gpus: bool = False  # accelerate then treats the model as on several GPUs, where it refuses more
 
 
 def train(rank: int, case: Case, folder: Path) -> dict:
     """What came out, and where it was computed."""
     warnings.simplefilter("ignore")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch's threads do not survive the fork of this process
     os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch` sets it on a machine without a GPU
     trainer = make_trainer(case, folder)
+    if case.as_on_gpus:
+        type(trainer.accelerator).multi_device = property(lambda accelerator: True)
     held = held_bytes(trainer.model)
     trainer.train(resume_from_checkpoint=case.resume)
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -19,7 +19,7 @@ TEXTS = [{"text": f"Hope is number {i}."} for i in range(80)]
     [
         pytest.param("trl_sft", TEXTS, ("torchrun", "--nproc_per_node", "2"), marks=pytest.mark.slow),
         ("trl_dpo", PAIRS, ("accelerate", "launch", "--config_file", "accelerate_configs/fsdp.yaml")),
-        ("own_loop", TEXTS[:12], ("torchrun", "--nproc_per_node", "2")),
+        pytest.param("own_loop", TEXTS[:12], ("torchrun", "--nproc_per_node", "2"), marks=pytest.mark.slow),
     ],
 )
 def test_an_example_trains_on_two_ranks(example, rows, launcher, tmp_path):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 import lora_dist
-from lora_dist.library import ShardedNames, _take_over_sharding
+from lora_dist.library import _take_over_sharding
 from lora_dist.parallel.fsdp import sharded_modules
 from tests.helpers.ranks import STRATEGY_ENV, run_ranks
 from tests.helpers.trainers import held_bytes
@@ -52,23 +52,6 @@ def test_ranks_may_generate_texts_of_different_lengths():
     (first, _), (second, _) = run_ranks(_generated, 2, timeout_s=120)
     ((alone, _),) = run_ranks(_generated, 1)
     assert len(first) == 12 and first == alone and second[:3] == alone[:3]
-
-
-def _ignored(rank: int) -> tuple[set[str], set[str], set[str]]:
-    model = adapted()
-    sharded = {name for name, param in model.named_parameters() if isinstance(param, DTensor)}
-    return set(model._ddp_params_and_buffers_to_ignore), sharded, {n for n, p in model.named_parameters()}
-
-
-def test_ddp_ignores_the_sharded_parameters_and_no_adapter():
-    for ignored, sharded, names in run_ranks(_ignored, 2):
-        assert sharded and ignored & names == sharded
-        assert any(".base_layer." in name for name in sharded) and not any("lora_" in name for name in ignored)
-
-
-def test_the_names_follow_what_peft_renames():
-    linear = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    assert list(ShardedNames(linear)) == []  # nothing is sharded
 
 
 def _losses(rank: int, prepared: bool) -> tuple[list[float], int]:
@@ -189,7 +172,7 @@ def _compiled(rank: int) -> str:
 
 def test_boundary_torch_compile_is_refused_and_does_not_hang():
     for error in run_ranks(_compiled, 2):
-        assert "torch_compile: is not supported for a sharded base; leave it out" in error
+        assert "torch_compile: is not supported for a base of load_base; leave it out" in error
 
 
 def _after_arguments(rank: int, folder: str) -> str:

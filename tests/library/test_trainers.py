@@ -44,9 +44,10 @@ CASES = {
     "evaluation, DPO": Case("DPOTrainer", settings=EVALUATION),
     "evaluation, KTO": Case("KTOTrainer", settings=EVALUATION),
     "evaluation, reward": Case("RewardTrainer", settings=EVALUATION),
+    "as on GPUs": Case("Trainer", "int8", as_on_gpus=True),
     "a resident layer": Case("Trainer", base={"resident_layers": 1}),
 }
-FAST = ("Trainer", "DPO", "checkpointing and accumulation, SFT")
+FAST = ("as on GPUs", "DPO", "checkpointing and accumulation, SFT")
 
 
 def is_sharded(ended: list[dict], case: Case) -> bool:
@@ -74,7 +75,7 @@ def test_the_losses_are_those_of_bitsandbytes_own_model(name, tmp_path):
     assert is_sharded(ended, case), ended
     assert_same_adapters(ended)
     evaluates = "eval_steps" in case.settings  # bitsandbytes' own model cannot on a CPU: it adds to a leaf in place
-    reference = replace(case, ours=evaluates, base={})
+    reference = replace(case, ours=evaluates, base={}, as_on_gpus=False)
     is_per_rank = case.trainer in PER_RANK or case.settings.get("packing")
     expected = run_ranks(train, 2 if is_per_rank else 1, reference, tmp_path)[0]
     losses = ended[0]["losses"]

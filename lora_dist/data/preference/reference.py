@@ -32,7 +32,7 @@ def read_reference(identity: dict, num_rows: tuple[int, int]) -> list[np.ndarray
     folder = reference_folder(identity)
     with contextlib.suppress(UserError, OSError), boundary(str(folder)):
         if is_complete(folder) and read_json(folder / IDENTITY, IDENTITY) == identity:
-            found = [np.load(folder / name, allow_pickle=False) for name in FILES]
+            found = [np.load(folder / name) for name in FILES]
             wanted = [(np.dtype(np.float32), (number,)) for number in num_rows]
             return found if [(array.dtype, array.shape) for array in found] == wanted else None
     return None
