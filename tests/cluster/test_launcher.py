@@ -261,6 +261,7 @@ def test_a_run_whose_launcher_is_killed_saves_and_leaves(tmp_path, launcher):
     assert said.count(f"warning: the launcher (process {process.pid}) is gone") <= 1 and "frame #" not in said, said
 
 
+@pytest.mark.slow
 def test_bad_input_found_by_the_ranks_is_one_line(tmp_path):
     process = start("opt_quotes", "--dataset_text_field", "txt", "--output_dir", str(tmp_path / "run"),
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip

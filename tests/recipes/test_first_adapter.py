@@ -33,6 +33,7 @@ def run(folder: RunFolder, *flags: str) -> dict:
     return json.loads(folder.state.read_text())["summary"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter_and_still_measures_the_base(tmp_path):
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     trained = run(first, "--max_steps", "12", "--learning_rate", "0.002")
