@@ -72,7 +72,7 @@ def load_base(
     _check(task_type in TASKS, f"peft_config.task_type {task_type!r}: must be one of {', '.join(TASKS)}")
     _check(num_labels is None or num_labels > 0, f"num_labels {num_labels}: must be 1 or more")
     placement = _placement(shard_ranks, resident_layers, offload)
-    join_ranks()
+    _join_ranks()
     device = torch.device(device) if device is not None else _default_device()
     dtype = dtype or (torch.bfloat16 if device.type != "cpu" or cpu_has_bf16() else torch.float32)
     classes = None if num_labels is None else [f"LABEL_{i}" for i in range(num_labels)]
@@ -135,16 +135,16 @@ def _take_over_sharding(total: int) -> tuple[int, bool]:
         return total, False
     if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
         raise UserError("load_base: an Accelerator was made before it, and would shard the base again; call it first")
-    if total == 1:
-        del os.environ["ACCELERATE_USE_FSDP"]
-        return 1, False
-    check_fsdp_variables()
-    strategy = fsdp_strategy(total, offload)
+    copy_ranks = total
+    if total > 1:
+        check_fsdp_variables()
+        one_copy = fsdp_strategy(total, offload).base_per_rank == "1/N"
+        copy_ranks = total if one_copy else env_count("LOCAL_WORLD_SIZE", total, least=1)
     del os.environ["ACCELERATE_USE_FSDP"]
-    return total if strategy.base_per_rank == "1/N" else env_count("LOCAL_WORLD_SIZE", total, least=1), offload
+    return copy_ranks, offload and total > 1
 
 
-def join_ranks() -> None:
+def _join_ranks() -> None:
     """Join the process group that the launcher described, if this process has not. Collective. Raises UserError."""
     if not has_gpu():  # without this, accelerate lets each rank of a machine without a GPU train alone
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -15,7 +15,7 @@ from datasets.packaged_modules.csv.csv import Csv
 
 from lora_dist.boundary import boundary, one_line
 from lora_dist.config import TrainConfig
-from lora_dist.data.files.find import all_files, content_of, find_files, is_saved, one_kind
+from lora_dist.data.files.find import all_files, content_of, find_files, is_saved, one_kind, require_same_columns
 from lora_dist.data.files.readers import TEXT_KINDS, WHAT_IS_READ, read_records
 from lora_dist.data.files.tables import check_tables
 from lora_dist.errors import UserError, require
@@ -210,9 +210,7 @@ def _stored_records(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
     for path, found in columns_of.items():
         require(found, "dataset_name", path, "holds no examples")
         require(len(found) <= MAX_COLUMNS, "dataset_name", path, f"has more than {MAX_COLUMNS} columns")
-        for has, lacks, names in ((path, paths[0], found.keys() - columns), (paths[0], path, columns.keys() - found)):
-            why = f"lacks the column {', '.join(sorted(names))}, which {has} has; make the files alike"
-            require(not names, "dataset_name", lacks, why)
+        require_same_columns(path, found, paths[0], columns)
     for path in paths:
         for line, record in read_records(Path(path)):
             record = {ORIGIN: _origin(path, line, paths)} | {column: record.get(column) for column in columns}

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,25 +45,25 @@ def write_quotes(folder: Path) -> None:
 
 
 def write_complaints(folder: Path) -> None:
-    rng, rows = random.Random(SEED + 3), {}
-    while len(rows) < NUM_TRAIN_COMPLAINTS + NUM_TEST_COMPLAINTS:
-        row = complaint(rng)
-        rows.setdefault(row["Tweet text"], row)
-    lines = [json.dumps(row) for row in rows.values()]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_COMPLAINTS]) + "\n")
-    (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_COMPLAINTS:]) + "\n")
+    _write_rows(folder, complaint, SEED + 3, "Tweet text", NUM_TRAIN_COMPLAINTS, NUM_TEST_COMPLAINTS)
 
 
 def write_preferences(folder: Path) -> None:
-    rng, rows = random.Random(SEED + 4), {}
-    while len(rows) < NUM_TRAIN_PREFERENCES + NUM_TEST_PREFERENCES:
-        row = preference(rng)
-        rows.setdefault(row["prompt"], row)
+    _write_rows(folder, preference, SEED + 4, "prompt", NUM_TRAIN_PREFERENCES, NUM_TEST_PREFERENCES)
+
+
+def _write_rows(
+    folder: Path, make: Callable[[random.Random], dict], seed: int, column: str, num_train: int, num_test: int
+) -> None:
+    """train.jsonl and test.jsonl of rows that differ in this column."""
+    rng, rows = random.Random(seed), {}
+    while len(rows) < num_train + num_test:
+        row = make(rng)
+        rows.setdefault(row[column], row)
     lines = [json.dumps(row) for row in rows.values()]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("\n".join(lines[:NUM_TRAIN_PREFERENCES]) + "\n")
-    (folder / "test.jsonl").write_text("\n".join(lines[NUM_TRAIN_PREFERENCES:]) + "\n")
+    (folder / "train.jsonl").write_text("\n".join(lines[:num_train]) + "\n")
+    (folder / "test.jsonl").write_text("\n".join(lines[num_train:]) + "\n")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

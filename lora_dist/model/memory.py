@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_dist.config import TrainConfig
+from lora_dist.data.tasks import task_of
 from lora_dist.errors import require
 from lora_dist.model.quantization import quantized_weights
 from lora_dist.parallel.fsdp import decoder_layers
@@ -138,7 +139,7 @@ def _activation_bytes(skeleton: nn.Module, config: TrainConfig, dtype: torch.dty
 
     Without gradient checkpointing the inside of every layer is kept.
     """
-    rows, model_config = config.per_device_train_batch_size * (2 if config.has_pairs else 1), skeleton.config
+    rows, model_config = config.per_device_train_batch_size * task_of(config).rows_per_example, skeleton.config
     tokens = rows * config.max_length
     logits = tokens * model_config.vocab_size * (dtype.itemsize + 3 * 4)
     layers = decoder_layers(skeleton)

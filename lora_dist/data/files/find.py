@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from datasets.data_files import FILES_TO_IGNORE, DataFilesPatternsDict, get_data_patterns
@@ -35,7 +36,6 @@ def find_files(name: str, config: TrainConfig) -> dict[str, list[Path]] | None:
         return {split: [embedded / f"{split}.jsonl"] for split in ("train", "test")}
     path = Path(name).expanduser()
     if path.is_dir():
-        all_files(path)  # refuses linked folders, which neither of the two ways below would read
         return None if is_saved(path) or _describes_itself(path, config) else _files_of_directory(path)
     words = [name] if path.exists() else shlex.split(name)
     is_hub_name = len(words) == 1 and not glob.has_magic(name) and not path.exists() and not _looks_like_file(name)
@@ -96,6 +96,13 @@ def _files_of_directory(path: Path) -> dict[str, list[Path]]:
     why = f"its file {', '.join(left)} belongs to none of the splits {splits}; name the files to read"
     require(not left, "dataset_name", path, why)
     return {split: names for split, names in files.items() if names}
+
+
+def require_same_columns(path: Path, columns: Collection[str], first: Path, of_first: Collection[str]) -> None:
+    """Raises UserError, which names file and columns, unless a file has the columns of the first one."""
+    for has, lacks, names in ((path, first, {*columns} - {*of_first}), (first, path, {*of_first} - {*columns})):
+        why = f"lacks the column {', '.join(sorted(names))}, which {has} has; make the files alike"
+        require(not names, "dataset_name", lacks, why)
 
 
 def one_kind(name: str, files: dict[str, list[Path]] | None) -> str | None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_dist.boundary import boundary
+from lora_dist.data.files.find import require_same_columns
 from lora_dist.errors import require
 
 
@@ -24,12 +25,7 @@ def check_tables(kind: str, paths: list[Path]) -> None:
             schema, num_rows = _read_parquet_footer(path) if kind == "parquet" else (_read_arrow_schema(path), None)
         require(num_rows != 0, "dataset_name", path, "holds no examples")
         first = first or schema
-        for has, lacks, names in (
-            (path, paths[0], set(schema.names) - {*first.names}),
-            (paths[0], path, set(first.names) - {*schema.names}),
-        ):
-            why = f"lacks the column {', '.join(sorted(names))}, which {has} has; make the files alike"
-            require(not names, "dataset_name", lacks, why)
+        require_same_columns(path, schema.names, paths[0], first.names)
         for name in schema.names:
             here, there = schema.field(name).type, first.field(name).type
             why = f"its column {name} holds {here}, but in {paths[0]} it holds {there}; make the files alike"
